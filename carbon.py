@@ -1,0 +1,570 @@
+"""Carbon: traces of intensity, the windows in them, and what a run drew and emitted. Pure numpy.
+
+    python carbon.py describe traces/paper_day.csv --threshold 100
+    python carbon.py account runs/demo/intervals.csv configs/demo.yaml [--rule exact|paper] [--json]
+
+A trace holds each sample until the next one: half-open intervals [start, next start) with a constant value in
+gCO2/kWh, times in int64 UTC seconds. Energy is power x time, emissions are power x the exact integral of intensity,
+so splitting an interval never changes a total. Knows nothing of torch, sockets or clocks.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import numpy as np
+
+import config
+from config import BadInput
+
+G_PER_KWH = {"g/kWh": 1.0, "kg/kWh": 1000.0, "kg/MWh": 1.0, "lb/MWh": 0.45359237}  # factor to gCO2/kWh
+MAX_G_PER_KWH = 3000.0  # lignite is about 1,200, the dirtiest oil peakers about 1,500
+STATES = ("off", "provisioning", "starting", "waiting", "syncing", "training")
+MIN_WINDOW_S = 1800.0  # shortest window of the floor with start costs
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One region's intensity. `starts` (n,) int64 UTC seconds, `values` (n,) gCO2/kWh, valid on [starts[0], end)."""
+
+    region: str
+    starts: np.ndarray
+    values: np.ndarray
+    step_s: int  # nominal step: the median difference; how long the last sample holds
+    interpolation: str = "hold"
+    source: str = ""
+
+    def __post_init__(self):
+        widths = np.diff(self.starts, append=self.starts[-1] + self.step_s).astype(float)
+        if self.interpolation == "linear":
+            heights = (self.values + np.append(self.values[1:], self.values[-1])) / 2
+        else:
+            heights = self.values
+        object.__setattr__(self, "_cumulative", np.concatenate(([0.0], np.cumsum(heights * widths))))
+
+    @property
+    def begin(self) -> int:
+        return int(self.starts[0])
+
+    @property
+    def end(self) -> int:
+        return int(self.starts[-1]) + self.step_s
+
+    def _require(self, t: float, last: float) -> None:
+        if not self.begin <= t <= last:
+            raise BadInput(f"{self.source}: no {self.region} value at {iso(t)}; the trace covers "
+                           f"{iso(self.begin)} to {iso(self.end)}")  # fmt: skip
+
+    def at(self, t: float) -> float:
+        """Intensity at UTC second t, gCO2/kWh. Raises BadInput outside [begin, end)."""
+        self._require(t, np.nextafter(self.end, 0))
+        i = int(np.searchsorted(self.starts, t, side="right")) - 1
+        if self.interpolation == "linear" and i + 1 < len(self.starts):
+            share = (t - self.starts[i]) / (self.starts[i + 1] - self.starts[i])
+            return float(self.values[i] + share * (self.values[i + 1] - self.values[i]))
+        return float(self.values[i])
+
+    def _primitive(self, t: float) -> float:
+        self._require(t, self.end)
+        i = min(int(np.searchsorted(self.starts, t, side="right")) - 1, len(self.starts) - 1)
+        into = t - self.starts[i]
+        if self.interpolation == "linear" and i + 1 < len(self.starts):
+            slope = (self.values[i + 1] - self.values[i]) / (self.starts[i + 1] - self.starts[i])
+            return float(self._cumulative[i] + into * (self.values[i] + slope * into / 2))
+        return float(self._cumulative[i] + into * self.values[i])
+
+    def integral(self, t0: float, t1: float) -> float:
+        """Exact integral of intensity over [t0, t1], in gCO2/kWh x s. Raises BadInput outside the trace."""
+        return self._primitive(t1) - self._primitive(t0)
+
+    def below(self, threshold: float, t0: float, t1: float) -> list[tuple[float, float]]:
+        """The parts of [t0, t1) during which the held sample is below the threshold."""
+        return [(max(a, t0), min(b, t1)) for a, b in self.windows(threshold) if a < t1 and b > t0]
+
+    def windows(self, threshold: float) -> list[tuple[int, int]]:
+        """Half-open [start, end) runs of samples below the threshold; an edge belongs to what follows it."""
+        low = np.concatenate(([False], self.values < threshold, [False]))
+        edges = np.append(self.starts, self.end)
+        flips = np.flatnonzero(low[1:] != low[:-1])
+        return [(int(edges[a]), int(edges[b])) for a, b in zip(flips[::2], flips[1::2])]
+
+
+def iso(t: float) -> str:
+    return datetime.fromtimestamp(t, timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a trace
+
+
+def _parse_times(stamps: list[str], where: str, first_row: int, tz: str) -> np.ndarray:
+    """ISO stamps -> int64 UTC seconds. Naive stamps are in zone `tz`."""
+    try:
+        zone = ZoneInfo(tz)
+    except (ZoneInfoNotFoundError, ValueError):
+        raise BadInput(f"carbon.tz={tz!r} is not a known time zone; write e.g. UTC or America/Los_Angeles") from None
+    seconds, offset_seen = np.empty(len(stamps), np.int64), None
+    for i, stamp in enumerate(stamps):
+        row = f"{where} row {first_row + i}"
+        try:
+            moment = datetime.fromisoformat(stamp.strip())
+        except ValueError:
+            raise BadInput(f"{row}: time {stamp!r} cannot be read; write ISO 8601, e.g. 2026-01-11 17:05:00") from None
+        offset = moment.utcoffset()
+        kind = "none" if offset is None else offset
+        if offset_seen is not None and kind != offset_seen:
+            raise BadInput(f"{row}: time {stamp!r} has another UTC offset than the rows before ({offset_seen}); "
+                           "write all stamps in one offset, best UTC")  # fmt: skip
+        offset_seen = kind
+        if offset is None:
+            first, second = (moment.replace(tzinfo=zone, fold=f).utcoffset() for f in (0, 1))
+            if first != second:
+                raise BadInput(f"{row}: local time {stamp!r} happens twice or never in {tz} (clock change); "
+                               "write the file in UTC")  # fmt: skip
+            moment = moment.replace(tzinfo=timezone(first or timedelta(0)))
+        seconds[i] = round(moment.timestamp())
+    return seconds
+
+
+def read_table(path: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a CSV file, plain or .gz. Raises BadInput when there is nothing to read."""
+    file = Path(path)
+    if not file.is_file():
+        raise BadInput(f"trace {path} does not exist; see traces/README.md for the ones shipped and the format")
+    raw = file.read_bytes()
+    try:
+        text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"trace {path} is not a UTF-8 CSV file ({error}); convert it first") from None
+    rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    if len(rows) < 3:
+        raise BadInput(f"trace {path} has {max(len(rows) - 1, 0)} samples; at least 2 are needed")
+    return rows[0], rows[1:]
+
+
+def read_trace(
+    path: str, column: str | None = None, *, unit: str = "g/kWh", tz: str = "UTC", stamp: str = "start",
+    interpolation: str = "hold", max_gap_s: float = 900.0,
+) -> Trace:  # fmt: skip
+    """One column of a CSV file as a Trace. First column is time; `column` None takes the only other one.
+
+    Variable steps are legal up to max_gap_s. Raises BadInput with file, row and remedy for anything that would make
+    the accounting guess: see the messages below.
+    """
+    header, rows = read_table(path)
+    if column is None:
+        if len(header) != 2:
+            raise BadInput(f"{path}: which column? It has {', '.join(header[1:])}; say column=NAME")
+        column = header[1]
+    if column not in header[1:]:
+        raise BadInput(f"{path}: no column {column!r}; it has {', '.join(header[1:])}")
+    if unit not in G_PER_KWH:
+        raise BadInput(f"carbon.unit={unit!r} is not one of {', '.join(G_PER_KWH)}")
+    index = header.index(column)
+    starts = _parse_times([row[0] for row in rows], path, 2, tz)
+    values = np.empty(len(rows))
+    for i, row in enumerate(rows):
+        cell = row[index].strip() if index < len(row) else ""
+        try:
+            values[i] = float(cell)
+        except ValueError:
+            values[i] = np.nan
+        if not np.isfinite(values[i]):
+            raise BadInput(f"{path} row {i + 2}: {column} is {cell!r}, not a number; fill the gap or cut the file")
+    values *= G_PER_KWH[unit]
+    steps = np.diff(starts)
+    if (bad := np.flatnonzero(steps <= 0)).size:
+        what = "repeats" if steps[bad[0]] == 0 else "goes back before"
+        raise BadInput(f"{path} row {bad[0] + 3}: time {rows[bad[0] + 1][0]} {what} the row above; sort and deduplicate")
+    if (bad := np.flatnonzero(steps > max_gap_s)).size:
+        raise BadInput(f"{path} row {bad[0] + 3}: gap of {steps[bad[0]]} s before {rows[bad[0] + 1][0]} exceeds "
+                       f"carbon.max_gap_s={max_gap_s:g}; fill it or raise the bound")  # fmt: skip
+    if (bad := np.flatnonzero(values < 0)).size:
+        raise BadInput(f"{path} row {bad[0] + 2}: {column} is {rows[bad[0]][index]}; intensity must be >= 0")
+    if (bad := np.flatnonzero(values > MAX_G_PER_KWH)).size:
+        raise BadInput(f"{path} row {bad[0] + 2}: {column} is {rows[bad[0]][index]} {unit} = {values[bad[0]]:,.0f} g/kWh, "
+                       f"above {MAX_G_PER_KWH:,.0f}, which no grid reaches; is carbon.unit right?")  # fmt: skip
+    if 0 < values.max() < 3:
+        raise BadInput(f"{path}: {column} never exceeds {values.max():.3g} g/kWh; is it in kg/kWh? set carbon.unit")
+    step = int(np.median(steps))
+    if stamp == "end":  # a stamp at an interval's end: the value held since the stamp before
+        starts = np.concatenate(([starts[0] - step], starts[:-1]))
+    return Trace(column, starts, values, step, interpolation, path)
+
+
+def load_traces(cfg) -> dict[str, Trace]:
+    """Every region a run needs (sites and baselines), checked to cover `clock.start`."""
+    c = cfg.carbon
+    start = config.start_unix(cfg)
+    regions = dict.fromkeys([site.region for site in cfg.sites.values()] + list(c.baseline_regions))
+    traces = {}
+    for region in regions:
+        traces[region] = trace = read_trace(
+            c.trace, region, unit=c.unit, tz=c.tz, stamp=c.stamp, interpolation=c.interpolation, max_gap_s=c.max_gap_s
+        )
+        if not trace.begin <= start < trace.end:
+            raise BadInput(f"clock.start={cfg.clock.start} lies outside {c.trace}, which covers {iso(trace.begin)} to "
+                           f"{iso(trace.end)}")  # fmt: skip
+    if cfg.policy.name == "threshold":
+        stop = min(start + (cfg.clock.max_hours or 1e9) * 3600, min(t.end for t in traces.values()))
+        low = cfg.policy.on_below_g_per_kwh
+        if not any(traces[site.region].below(low, start, stop) for site in cfg.sites.values()):
+            least = min(traces[site.region].values.min() for site in cfg.sites.values())
+            raise BadInput(f"policy.on_below_g_per_kwh={low:g}: no window for any site in {c.trace} (minimum MCI "
+                           f"{least:.0f} gCO2/kWh, {iso(start)} to {iso(stop)}); raise the threshold")  # fmt: skip
+    return traces
+
+
+def provenance(cfg) -> dict:
+    c = cfg.carbon
+    digest = hashlib.sha256(Path(c.trace).read_bytes()).hexdigest()
+    return {"trace": c.trace, "trace_sha256": digest, "unit": c.unit, "signal": c.signal, "tz": c.tz, "stamp": c.stamp,
+            "interpolation": c.interpolation, "columns": {n: s.region for n, s in cfg.sites.items()}}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accounting
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A site in one power state over [start_s, end_s), seconds since clock.start."""
+
+    site: str
+    state: str
+    start_s: float
+    end_s: float
+
+
+class Meter:
+    """Who was in which state, when: one gapless line of intervals per site, from 0 on."""
+
+    def __init__(self, sites: list[str], intervals: list[Interval] = ()):
+        self.intervals: list[Interval] = list(intervals)
+        self._open = {site: ("off", 0.0) for site in sites}
+        for row in self.intervals:
+            self._open[row.site] = ("off", row.end_s)
+
+    def state(self, site: str) -> str:
+        return self._open[site][0]
+
+    def set(self, t: float, site: str, state: str) -> None:
+        """From t on, `site` is in `state`. Times never go back."""
+        assert state in STATES, state
+        was, since = self._open[site]
+        assert t >= since, (site, t, since)
+        if state != was:
+            if t > since:
+                self._append(Interval(site, was, since, t))
+            self._open[site] = (state, t)
+
+    def _append(self, row: Interval) -> None:
+        self.intervals.append(row)
+
+    def closed(self, t: float) -> list[Interval]:
+        """All intervals up to t, the open ones cut there."""
+        open_rows = [Interval(s, state, since, t) for s, (state, since) in self._open.items() if t > since]
+        rows = merge([row for row in self.intervals] + open_rows)
+        return sorted(rows, key=lambda row: (row.site, row.start_s))
+
+
+def merge(rows: list[Interval]) -> list[Interval]:
+    """Join neighbours of one site that share a state."""
+    out: list[Interval] = []
+    for row in sorted(rows, key=lambda r: (r.site, r.start_s)):
+        last = out[-1] if out else None
+        if last and (last.site, last.state, last.end_s) == (row.site, row.state, row.start_s):
+            out[-1] = Interval(row.site, row.state, last.start_s, row.end_s)
+        else:
+            out.append(row)
+    return out
+
+
+def write_intervals(path: Path, rows: list[Interval]) -> None:
+    lines = ["site,state,start_s,end_s"] + [f"{r.site},{r.state},{r.start_s!r},{r.end_s!r}" for r in rows]
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text("\n".join(lines) + "\n")
+    tmp.replace(path)
+
+
+def read_intervals(path: str) -> list[Interval]:
+    """Rows of an intervals file; `train` reads as training, `up` as waiting. `train` wins where both overlap."""
+    header, rows = read_table(path)
+    if header[:4] != ["site", "state", "start_s", "end_s"]:
+        raise BadInput(f"{path}: header is {','.join(header)}; expected site,state,start_s,end_s")
+    words = {"train": "training", "up": "waiting"} | {s: s for s in STATES}
+    out: list[Interval] = []
+    for i, row in enumerate(rows):
+        try:
+            out.append(Interval(row[0], words[row[1]], float(row[2]), float(row[3])))
+        except (KeyError, ValueError, IndexError):
+            raise BadInput(f"{path} row {i + 2}: {','.join(row)!r} is not site,state,start_s,end_s with a state of "
+                           f"{', '.join(words)}") from None  # fmt: skip
+    training: dict[str, list[Interval]] = {}
+    for row in out:
+        if row.state == "training":
+            training.setdefault(row.site, []).append(row)
+    cut: list[Interval] = []
+    for row in out:
+        pieces = [row]
+        if row.state == "waiting":
+            for t in training.get(row.site, []):
+                pieces = [p for piece in pieces for p in _without(piece, t)]
+        cut += pieces
+    return sorted(cut, key=lambda r: (r.site, r.start_s))
+
+
+def _without(row: Interval, hole: Interval) -> list[Interval]:
+    if hole.end_s <= row.start_s or hole.start_s >= row.end_s:
+        return [row]
+    left = Interval(row.site, row.state, row.start_s, hole.start_s)
+    right = Interval(row.site, row.state, hole.end_s, row.end_s)
+    return [piece for piece in (left, right) if piece.end_s > piece.start_s]
+
+
+def power_kw(site, state: str) -> float:
+    """kW drawn by a site (its config section) in a power state."""
+    return {"off": 0.0, "training": site.train_kw}.get(state, site.idle_kw)
+
+
+def energy_kwh(power: float, seconds: float) -> float:
+    return power * seconds / 3600.0
+
+
+def emissions_kg(power: float, trace: Trace, t0: float, t1: float) -> float:
+    """kgCO2 of a constant power (kW) over [t0, t1] UTC seconds: power x exact integral of the trace."""
+    return power * trace.integral(t0, t1) / 3600.0 / 1000.0
+
+
+def account(rows: list[Interval], cfg, traces: dict[str, Trace]) -> dict:
+    """Energy and emissions of a run, exact rule. -> {energy_kwh, emissions_kg, curtailed_share, sites: {...}}
+
+    Raises BadInput if an interval that draws power leaves its trace.
+    """
+    start, low = config.start_unix(cfg), cfg.carbon.curtailed_below_g_per_kwh
+    sites = {name: {"energy_kwh": 0.0, "emissions_kg": 0.0, "curtailed_kwh": 0.0, "train_hours": 0.0, "up_hours": 0.0,
+                    "kwh_by_state": {}, "kg_by_state": {}} for name in cfg.sites}  # fmt: skip
+    for row in rows:
+        if row.site not in sites or row.state == "off":
+            continue
+        spec, s = cfg.sites[row.site], sites[row.site]
+        trace, kw = traces[spec.region], power_kw(spec, row.state)
+        t0, t1 = start + row.start_s, start + row.end_s
+        kwh, kg = energy_kwh(kw, t1 - t0), emissions_kg(kw, trace, t0, t1)
+        clean_s = sum(b - a for a, b in trace.below(low, t0, t1))
+        hours = (t1 - t0) / 3600
+        s["energy_kwh"] += kwh
+        s["emissions_kg"] += kg
+        s["curtailed_kwh"] += energy_kwh(kw, clean_s)
+        s["train_hours"] += hours if row.state == "training" else 0.0
+        s["up_hours"] += hours if row.state != "provisioning" else 0.0
+        s["kwh_by_state"][row.state] = s["kwh_by_state"].get(row.state, 0.0) + kwh
+        s["kg_by_state"][row.state] = s["kg_by_state"].get(row.state, 0.0) + kg
+    total = {k: sum(s[k] for s in sites.values()) for k in ("energy_kwh", "emissions_kg", "curtailed_kwh")}
+    for part in [total, *sites.values()]:
+        part["curtailed_share"] = part["curtailed_kwh"] / part["energy_kwh"] if part["energy_kwh"] else None
+        del part["curtailed_kwh"]
+    return total | {"sites": sites}
+
+
+def account_paper(rows: list[Interval], cfg, traces: dict[str, Trace], grid_s: float = 60.0) -> dict:
+    """The same by the rule of arXiv:2602.22760: a 60 s grid over the run with inclusive ends, intensity interpolated
+    linearly on the grid, power x intensity summed x 60 s. One total per site."""
+    start = config.start_unix(cfg)
+    grid = np.arange(0.0, max(row.end_s for row in rows) + 1e-9, grid_s)
+    sites = {}
+    for name, spec in cfg.sites.items():
+        kw = np.zeros_like(grid)
+        for state in ("provisioning", "starting", "waiting", "syncing", "training"):  # training last: it wins
+            for row in rows:
+                if row.site == name and row.state == state:
+                    kw[(grid >= row.start_s) & (grid <= row.end_s)] = power_kw(spec, state)
+        trace = traces[spec.region]
+        mci = np.interp(start + grid, trace.starts, trace.values)
+        sites[name] = {"energy_kwh": float(kw.sum() * grid_s / 3600), "emissions_kg": float((kw * mci).sum() * grid_s / 3.6e6)}
+    total = {k: sum(s[k] for s in sites.values()) for k in ("energy_kwh", "emissions_kg")}
+    return total | {"sites": sites}
+
+
+def baselines(cfg, traces: dict[str, Trace], tokens: int) -> tuple[dict[str, float] | None, str | None]:
+    """kg for the same tokens at one site, continuous from the start, per baseline region; None and why if it cannot."""
+    start, out = config.start_unix(cfg), {}
+    for region in cfg.carbon.baseline_regions:
+        spec = next((s for s in cfg.sites.values() if s.region == region), next(iter(cfg.sites.values())))
+        seconds = tokens / spec.tokens_per_s
+        if start + seconds > traces[region].end:
+            return None, f"{seconds / 3600:.1f} h from {iso(start)} leave the trace, which ends {iso(traces[region].end)}"
+        out[region] = emissions_kg(spec.train_kw, traces[region], start, start + seconds)
+    return out, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The floor: the least any schedule could emit
+
+
+def floor_lp(cfg, traces: dict[str, Trace], hours: float, deadline_s: float) -> float | None:
+    """Least kg for `hours` training site-hours by deadline_s, starts free: fill the cleanest moments first."""
+    start = config.start_unix(cfg)
+    rates, widths = [], []
+    for spec in cfg.sites.values():
+        trace = traces[spec.region]
+        stop = min(start + deadline_s, trace.end)
+        edges = np.unique(np.clip(np.append(trace.starts, trace.end), start, stop)).astype(float)
+        mids = (edges[1:] + edges[:-1]) / 2
+        rates.append(spec.train_kw * trace.values[np.searchsorted(trace.starts, mids, side="right") - 1])
+        widths.append(np.diff(edges))
+    rate, width = np.concatenate(rates), np.concatenate(widths)
+    if width.sum() + 1e-6 < hours * 3600:
+        return None
+    order = np.argsort(rate, kind="stable")
+    rate, width = rate[order], width[order]
+    left = np.clip(hours * 3600 - np.concatenate(([0.0], np.cumsum(width)[:-1])), 0.0, width)
+    return float((rate * left).sum() / 3.6e6)
+
+
+def floor_with_starts(cfg, traces: dict[str, Trace], hours: float, deadline_s: float) -> float | None:
+    """The same with provision_s at idle power charged before each start, and windows of at least 30 minutes.
+
+    A dynamic programme over trace samples, samples trained so far and window age per site, then a min-plus
+    convolution over sites. None where samples are irregular or the table would be large.
+    """
+    start = config.start_unix(cfg)
+    regions = [traces[s.region] for s in cfg.sites.values()]
+    step = regions[0].step_s
+    slots = int(min(deadline_s, min(t.end for t in regions) - start) // step)
+    need = hours * 3600 / step
+    regular = all(t.step_s == step and (np.diff(t.starts) == step).all() and (start - t.begin) % step == 0 for t in regions)
+    if not regular or slots * slots * len(regions) > 2e7 or need > slots * len(regions):
+        return None
+    total = np.array([0.0])
+    for spec, trace in zip(cfg.sites.values(), regions):
+        curve = _site_curve(spec, trace, start, step, slots)
+        joint = np.full(len(total) + slots, np.inf)
+        for k, cost in enumerate(total):
+            joint[k : k + slots + 1] = np.minimum(joint[k : k + slots + 1], cost + curve)
+        total = joint
+    low = int(need)
+    if need == low or low + 1 >= len(total):
+        return float(total[low])
+    return float(total[low] + (need - low) * (total[low + 1] - total[low]))
+
+
+def _site_curve(spec, trace: Trace, start: int, step: int, slots: int) -> np.ndarray:
+    """Least kg at one site for training exactly k of the first `slots` samples, k = 0..slots."""
+    age = max(1, int(np.ceil(MIN_WINDOW_S / step)))
+    off, on = np.full(slots + 1, np.inf), np.full((age, slots + 1), np.inf)  # on[j]: trained j+1 samples, last: or more
+    off[0] = 0.0
+    for slot in range(slots):
+        t = start + slot * step
+        cost = emissions_kg(spec.train_kw, trace, t, t + step)
+        begin = emissions_kg(spec.idle_kw, trace, max(trace.begin, t - spec.provision_s), t)
+        if t - spec.provision_s < trace.begin:
+            begin += energy_kwh(spec.idle_kw, trace.begin - t + spec.provision_s) * trace.values[0] / 1000
+        grown = np.full_like(on, np.inf)
+        grown[0, 1:] = off[:-1] + begin + cost
+        grown[1:, 1:] = on[:-1, :-1] + cost
+        grown[-1, 1:] = np.minimum(grown[-1, 1:], on[-1, :-1] + cost)
+        off, on = np.minimum(off, on[-1]), grown
+        # a window that just closed may not reopen in the same sample: `off` above is what held before it
+    return np.minimum(off, on[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def describe(argv: list[str]) -> int:
+    as_json, threshold = "--json" in argv, 100.0
+    argv = [a for a in argv if a != "--json"]
+    if "--threshold" in argv:
+        i = argv.index("--threshold")
+        try:
+            threshold = float(argv[i + 1])
+        except (IndexError, ValueError):
+            raise BadInput("--threshold needs a number in gCO2/kWh") from None
+        del argv[i : i + 2]
+    if not argv:
+        raise BadInput("describe needs a trace; say carbon.py describe TRACE.csv [column=... unit=... tz=...]")
+    path, options = argv[0], dict(a.split("=", 1) for a in argv[1:] if "=" in a)
+    known = {"column", "unit", "tz", "stamp", "max_gap_s"}
+    if bad := [a for a in argv[1:] if a.split("=", 1)[0] not in known]:
+        raise BadInput(f"unknown option {bad[0]!r}; options: {', '.join(sorted(known))} as key=value")
+    columns = [options.pop("column")] if "column" in options else read_table(path)[0][1:]
+    if "max_gap_s" in options:
+        options["max_gap_s"] = float(options["max_gap_s"])
+    out = {}
+    for column in columns:
+        t = read_trace(path, column, **options)
+        seconds = t.end - t.begin
+        inside = sum(b - a for a, b in t.windows(threshold))
+        out[column] = {
+            "begin": iso(t.begin), "end": iso(t.end), "samples": len(t.values), "step_s": t.step_s,
+            "mean_g_per_kwh": t.integral(t.begin, t.end) / seconds, "min_g_per_kwh": float(t.values.min()),
+            "max_g_per_kwh": float(t.values.max()), "kg_at_1_kw": emissions_kg(1.0, t, t.begin, t.end),
+            "kg_at_1_kw_to_last_sample": emissions_kg(1.0, t, t.begin, int(t.starts[-1])),
+            "share_below": inside / seconds, "windows": [[iso(a), iso(b)] for a, b in t.windows(threshold)],
+        }  # fmt: skip
+    if as_json:
+        print(json.dumps({"trace": path, "threshold_g_per_kwh": threshold, "columns": out}))
+        return 0
+    for column, d in out.items():
+        print(f"{column}: {d['begin']} to {d['end']}, {d['samples']} samples of {d['step_s']} s, mean {d['mean_g_per_kwh']:.1f}, "
+              f"min {d['min_g_per_kwh']:.0f}, max {d['max_g_per_kwh']:.0f} gCO2/kWh; below {threshold:g}: "
+              f"{100 * d['share_below']:.1f} % in {len(d['windows'])} windows")  # fmt: skip
+        for a, b in d["windows"][:12]:
+            print(f"    {a} .. {b}")
+    return 0
+
+
+def account_command(argv: list[str]) -> int:
+    as_json, rule = "--json" in argv, "exact"
+    argv = [a for a in argv if a != "--json"]
+    if "--rule" in argv:
+        i = argv.index("--rule")
+        rule = argv[i + 1] if i + 1 < len(argv) else ""
+        del argv[i : i + 2]
+    if rule not in ("exact", "paper"):
+        raise BadInput(f"--rule {rule} is not one of exact, paper")
+    if len(argv) < 2:
+        raise BadInput("account needs INTERVALS.csv and CONFIG")
+    rows, cfg = read_intervals(argv[0]), config.load(argv[1:])
+    traces = load_traces(cfg)
+    used = [row for row in rows if row.site in cfg.sites]
+    if not used:
+        raise BadInput(f"{argv[0]}: no row of a site of {argv[1]} ({', '.join(cfg.sites)})")
+    result = (account if rule == "exact" else account_paper)(used, cfg, traces) | {"rule": rule}
+    if central := [row for row in rows if row.site == "centralized"]:
+        result["baselines"] = {}
+        spec = next(iter(cfg.sites.values()))
+        for region in cfg.carbon.baseline_regions:
+            one = config.OmegaConf.create({"clock": cfg.clock, "carbon": cfg.carbon, "sites": {"centralized": {**spec, "region": region}}})
+            one_result = (account if rule == "exact" else account_paper)(central, one, traces)
+            result["baselines"][region] = one_result["emissions_kg"]
+    result["provenance"] = provenance(cfg) | {"rule": rule}
+    if as_json:
+        print(json.dumps(result))
+        return 0
+    print(f"{rule} rule: {result['emissions_kg']:.4f} kgCO2, {result['energy_kwh']:.3f} kWh")
+    for name, s in result["sites"].items():
+        print(f"  {name:18} {s['emissions_kg']:.4f} kgCO2  {s['energy_kwh']:.3f} kWh")
+    for region, kg in result.get("baselines", {}).items():
+        print(f"  centralized in {region:12} {kg:.3f} kgCO2, ours is {100 * result['emissions_kg'] / kg:.1f} %")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    commands = {"describe": describe, "account": account_command}
+    if not argv or argv[0] not in commands:
+        raise BadInput(f"say one of: {', '.join(commands)}")
+    return commands[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    config.command(main)

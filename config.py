@@ -1,0 +1,380 @@
+"""The configuration: every key, its default, its unit, and the checks that need no other file.
+
+    cfg = load(["configs/demo.yaml", "rounds.outer=none", "run=mine"])
+
+Layers: defaults here < the YAML file < key=value on the command line (OmegaConf over dataclasses, then read-only).
+An unknown key, a wrong type or a value out of bounds raises BadInput, which `command` turns into one line and exit
+code 2, before anything is started or written.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_BUDGET_LEFT = 0, 1, 2, 3
+
+
+class BadInput(ValueError):
+    """Something the user can fix. The message is one line: value, bound, remedy."""
+
+
+@dataclass
+class Clock:
+    mode: str = "virtual"  # virtual: trace-driven and deterministic | wall: real seconds
+    start: str = "2026-01-11T17:00:00Z"  # first moment of the run, UTC; `now` needs live signals
+    max_hours: float | None = None  # end (resumable) after this much trace time; null: where the trace ends
+
+
+@dataclass
+class Budget:
+    tokens: int = 2457600  # all sites together; a multiple of data.tokens_per_step
+
+
+@dataclass
+class Model:
+    depth: int = 4
+    width: int | None = None  # null: 64 x depth
+    heads: int | None = None  # null: width / 128
+    kv_heads: int | None = None  # null: heads
+    seq_len: int = 256
+    residual_scalars: bool = False  # per-layer residual and x0 scalars, on in the paper's code
+    dtype: str = "float32"  # float32 | bfloat16 (autocast)
+    compile: bool = False
+
+
+@dataclass
+class Data:
+    source: str = "stdlib"  # stdlib: the installed Python's own .py text | a folder of .txt, .md, .py or .parquet
+    tokenizer: str = "bytes"  # bytes | bpe-VOCAB (trained on the source)
+    dir: str = "data"
+    tokens_per_step: int = 2048  # one batch = one inner step, the same at every site
+    val_tokens: int = 131072  # evaluated once, at the end
+
+
+@dataclass
+class Optim:
+    matrix_lr: float = 0.02  # Muon
+    embedding_lr: float = 0.3  # AdamW, these three
+    unembedding_lr: float = 0.004
+    scalar_lr: float = 0.5
+    weight_decay: float = 0.0  # matrices; falls linearly to 0
+    betas: list[float] = field(default_factory=lambda: [0.8, 0.95])
+    warmup: float = 0.0  # share of the budget
+    warmdown: float = 0.4  # share of the budget
+    final_lr: float = 0.0  # share of the full rate at the budget's end
+    muon_momentum: list[float] = field(default_factory=lambda: [0.85, 0.95])
+    muon_momentum_steps: int = 300
+
+
+@dataclass
+class Rounds:
+    train_s: float = 570.0  # training time of a federated round
+    sync_s: float = 30.0  # what a sync costs on the virtual clock, and the first guess on the wall clock
+    max_steps: int | None = None  # H: the round ends after this many steps, if sooner
+    commit_every_s: float | None = 600.0  # local rounds; null: only when the number of sites changes (the paper)
+    grace_s: float = 30.0  # how long a frozen round waits for a slow member
+    max_offline_s: float = 600.0  # how long a site may stay silent before its local round is void
+    rejoin_wait_s: float = 120.0  # real seconds the virtual clock waits for a missing site
+    outer: str = "nesterov"  # none: plain averaging | nesterov: DiLoCo-style
+    outer_lr: float = 1.0
+    outer_momentum: float = 0.3
+    local: str = "plain"  # plain: a local round's theta as it is, m = 0 | outer: the outer step on it too
+    inner_state: str = "keep"  # keep | reset (new each round, the paper)
+    lr_position: str = "global"  # global: counts the other members' steps | own (the paper)
+
+
+@dataclass
+class Sync:
+    topology: str = "ring"  # ring: gloo between members | star: through the head node
+    backend: str = "gloo"  # gloo | nccl (sites that share a GPU fabric)
+    transport: str = "gloo"
+    wire: str = "fp32"
+    chunk_mb: int = 16
+    interface: str = "lo"  # what gloo binds
+    trusted_network: bool = False  # gloo is plaintext without authentication: say yes only on a private network
+    host: str = "127.0.0.1"  # where sites reach the coordinator
+    port: int = 0  # 0: a free one, written to runs/RUN/address
+    heartbeat_s: float = 2.0
+    dead_s: float = 8.0  # silence after which a peer counts as dead
+
+
+@dataclass
+class Policy:
+    name: str = "threshold"  # threshold | always
+    on_below_g_per_kwh: float = 100.0
+    off_above_g_per_kwh: float = 100.0
+    on_delay_s: float = 0.0
+    off_delay_s: float = 600.0
+    min_on_s: float = 0.0
+    min_off_s: float = 0.0
+
+
+@dataclass
+class Carbon:
+    trace: str = "traces/paper_day.csv"
+    unit: str = "g/kWh"  # g/kWh | kg/kWh | kg/MWh | lb/MWh
+    signal: str = "marginal"
+    tz: str = "UTC"  # zone of stamps that name none
+    stamp: str = "start"  # the stamp marks an interval's start | end
+    interpolation: str = "hold"  # hold | linear (to reproduce others)
+    max_gap_s: float = 900.0
+    curtailed_below_g_per_kwh: float = 100.0
+    baseline_regions: list[str] = field(default_factory=list)
+    pue: float = 1.0
+
+
+@dataclass
+class Site:
+    region: str = MISSING
+    tokens_per_s: float = MISSING  # training rate: fixes the virtual clock, first guess on the wall clock
+    idle_kw: float = MISSING  # drawn in every state but off and training
+    train_kw: float = MISSING
+    provision_s: float = 0.0
+    startup_s: float = 0.0
+    device: str = "cpu"
+    device_batch: int = 8  # rows per rank and forward pass
+    ranks: int = 1
+    threads_local: int = 2
+    threads_federated: int = 1
+    keep_disk: bool = False
+
+
+@dataclass
+class Provision:
+    mode: str = "resident"  # site processes stay alive and wait
+
+
+@dataclass
+class Eval:
+    every_rounds: int = 5  # 0: only at the end
+    tokens: int = 16384
+
+
+@dataclass
+class Wandb:
+    mode: str = "offline"  # offline | online | disabled
+    project: str = "curtail"
+
+
+@dataclass
+class Log:
+    every_steps: int = 5
+
+
+@dataclass
+class Config:
+    run: str = "demo"
+    seed: int = 1
+    fresh: bool = False  # start over: removes what an earlier run of this name left
+    only: list[str] = field(default_factory=list)  # sites to take part; empty: all
+    site: str | None = None  # which one this process is (train.py)
+    clock: Clock = field(default_factory=Clock)
+    budget: Budget = field(default_factory=Budget)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    rounds: Rounds = field(default_factory=Rounds)
+    sync: Sync = field(default_factory=Sync)
+    policy: Policy = field(default_factory=Policy)
+    carbon: Carbon = field(default_factory=Carbon)
+    sites: dict[str, Site] = field(default_factory=dict)
+    provision: Provision = field(default_factory=Provision)
+    eval: Eval = field(default_factory=Eval)
+    wandb: Wandb = field(default_factory=Wandb)
+    log: Log = field(default_factory=Log)
+
+
+CHOICES = {
+    "clock.mode": ("virtual", "wall"),
+    "model.dtype": ("float32", "bfloat16"),
+    "rounds.outer": ("none", "nesterov"),
+    "rounds.local": ("plain", "outer"),
+    "rounds.inner_state": ("keep", "reset"),
+    "rounds.lr_position": ("global", "own"),
+    "sync.topology": ("ring", "star"),
+    "sync.backend": ("gloo", "nccl"),
+    "sync.transport": ("gloo",),
+    "sync.wire": ("fp32",),
+    "policy.name": ("threshold", "always"),
+    "carbon.unit": ("g/kWh", "kg/kWh", "kg/MWh", "lb/MWh"),
+    "carbon.stamp": ("start", "end"),
+    "carbon.interpolation": ("hold", "linear"),
+    "provision.mode": ("resident",),
+    "wandb.mode": ("offline", "online", "disabled"),
+}
+POSITIVE = (
+    "budget.tokens", "model.depth", "model.seq_len", "data.tokens_per_step", "rounds.train_s", "rounds.grace_s",
+    "rounds.max_offline_s", "rounds.outer_lr", "sync.chunk_mb", "sync.heartbeat_s", "carbon.max_gap_s", "carbon.pue",
+    "log.every_steps",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "data.val_tokens", "rounds.sync_s", "rounds.rejoin_wait_s", "rounds.outer_momentum", "sync.port",
+    "policy.on_below_g_per_kwh", "policy.off_above_g_per_kwh", "policy.on_delay_s", "policy.off_delay_s",
+    "policy.min_on_s", "policy.min_off_s", "eval.every_rounds", "eval.tokens", "optim.warmup", "optim.warmdown",
+)  # fmt: skip
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def load(argv: list[str]) -> Config:
+    """CONFIG [key=value ...] -> the checked, read-only configuration. Raises BadInput."""
+    if not argv or "=" in argv[0]:
+        raise BadInput(f"first argument {argv[0]!r} is not a config file; say e.g. configs/demo.yaml" if argv
+                       else "no config file given; say e.g. configs/demo.yaml")  # fmt: skip
+    path = Path(argv[0])
+    if not path.is_file():
+        raise BadInput(f"config {argv[0]!r} does not exist; see configs/ for the ones shipped")
+    for arg in argv[1:]:
+        if "=" not in arg:
+            raise BadInput(f"argument {arg!r} is not of the form key=value")
+    try:
+        cfg = OmegaConf.structured(Config)
+        cfg = OmegaConf.merge(cfg, OmegaConf.load(path))
+        known = list(cfg.sites)
+        cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(argv[1:])))
+        if extra := [name for name in cfg.sites if name not in known]:
+            raise BadInput(f"unknown site {extra[0]!r} on the command line; sites of {path}: {', '.join(known)}")
+        OmegaConf.to_container(cfg, throw_on_missing=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        reason = str(error).strip().splitlines()[0]
+        key = getattr(error, "full_key", None)
+        raise BadInput(f"{path}: {key + ': ' if key else ''}{reason}; keys and types are listed in config.py") from None
+    _check(cfg)
+    if cfg.only:
+        cfg.sites = {name: cfg.sites[name] for name in cfg.sites if name in cfg.only}
+    OmegaConf.set_readonly(cfg, True)
+    return cfg
+
+
+def _check(cfg: Config) -> None:
+    for key, allowed in CHOICES.items():
+        value = OmegaConf.select(cfg, key)
+        if value not in allowed:
+            raise BadInput(f"{key}={value} is not one of {', '.join(allowed)}")
+    for keys, bound, ok in ((POSITIVE, "> 0", lambda v: v > 0), (NOT_NEGATIVE, ">= 0", lambda v: v >= 0)):
+        for key in keys:
+            value = OmegaConf.select(cfg, key)
+            if not ok(value):
+                raise BadInput(f"{key}={value} must be {bound}")
+    for key in ("clock.max_hours", "rounds.commit_every_s", "rounds.max_steps"):
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value <= 0:
+            raise BadInput(f"{key}={value} must be > 0, or null")
+    if not cfg.run or "/" in cfg.run or cfg.run.startswith("."):
+        raise BadInput(f"run={cfg.run!r} must be a plain folder name")
+    per_step, seq_len = cfg.data.tokens_per_step, cfg.model.seq_len
+    if cfg.budget.tokens % per_step:
+        near = max(per_step, round(cfg.budget.tokens / per_step) * per_step)
+        raise BadInput(f"budget.tokens={cfg.budget.tokens} must be a multiple of data.tokens_per_step={per_step}; "
+                       f"nearest: {near}")  # fmt: skip
+    if per_step % seq_len:
+        raise BadInput(f"data.tokens_per_step={per_step} must be a multiple of model.seq_len={seq_len}")
+    if not cfg.sites:
+        raise BadInput("sites: none given; name at least one with region, tokens_per_s, idle_kw, train_kw")
+    for name in cfg.only:
+        if name not in cfg.sites:
+            raise BadInput(f"only={name}: unknown site; sites: {', '.join(cfg.sites)}")
+    if cfg.site is not None and cfg.site not in (cfg.only or cfg.sites):
+        raise BadInput(f"site={cfg.site}: unknown site; sites: {', '.join(cfg.only or cfg.sites)}")
+    for name, site in cfg.sites.items():
+        if not name.replace("_", "").isalnum():
+            raise BadInput(f"site name {name!r} must be letters, digits and underscores")
+        for key in ("tokens_per_s", "train_kw", "device_batch", "ranks", "threads_local", "threads_federated"):
+            if site[key] <= 0:
+                raise BadInput(f"sites.{name}.{key}={site[key]} must be > 0")
+        for key in ("idle_kw", "provision_s", "startup_s"):
+            if site[key] < 0:
+                raise BadInput(f"sites.{name}.{key}={site[key]} must be >= 0")
+        if (per_step // seq_len) % site.ranks:
+            raise BadInput(f"sites.{name}.ranks={site.ranks} must divide the {per_step // seq_len} rows of a step")
+    if cfg.policy.off_above_g_per_kwh < cfg.policy.on_below_g_per_kwh:
+        raise BadInput(f"policy.off_above_g_per_kwh={cfg.policy.off_above_g_per_kwh} must be >= "
+                       f"policy.on_below_g_per_kwh={cfg.policy.on_below_g_per_kwh}")  # fmt: skip
+    if cfg.sync.heartbeat_s * 2 > cfg.sync.dead_s:
+        raise BadInput(f"sync.dead_s={cfg.sync.dead_s} must be at least twice sync.heartbeat_s={cfg.sync.heartbeat_s}")
+    if (cfg.sync.host not in LOOPBACK or cfg.sync.interface != "lo") and cfg.sync.topology == "ring":
+        if not cfg.sync.trusted_network:
+            raise BadInput(f"sync.topology=ring over host {cfg.sync.host}, interface {cfg.sync.interface}: gloo has no "
+                           "authentication; set sync.trusted_network=true on a private network or tunnel, "
+                           "or sync.topology=star")  # fmt: skip
+    start_unix(cfg)
+
+
+def start_unix(cfg: Config) -> int:
+    """`clock.start` in whole UTC seconds. `now` is refused until live signals exist."""
+    if cfg.clock.start == "now":
+        raise BadInput("clock.start=now needs live signals, which this version cannot read; give a UTC time in the trace")
+    try:
+        moment = datetime.fromisoformat(cfg.clock.start)
+    except ValueError:
+        raise BadInput(f"clock.start={cfg.clock.start!r} is not a time; write e.g. 2026-01-11T17:00:00Z") from None
+    if moment.tzinfo is None:
+        raise BadInput(f"clock.start={cfg.clock.start!r} names no zone; write e.g. {cfg.clock.start}Z")
+    return int(moment.astimezone(timezone.utc).timestamp())
+
+
+def num_batches(cfg: Config) -> int:
+    return cfg.budget.tokens // cfg.data.tokens_per_step
+
+
+def step_s(cfg: Config, site: str) -> float:
+    """Seconds a step takes at a site, by its configured rate."""
+    return cfg.data.tokens_per_step / cfg.sites[site].tokens_per_s
+
+
+def run_dir(cfg: Config) -> Path:
+    return Path("runs") / cfg.run
+
+
+def plain(cfg: Any) -> Any:
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def _digest(parts: dict) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def train_digest(cfg: Config) -> str:
+    """Digest of all that every member must share: model, data, optimizer, rounds, budget, seed, numerics of sync."""
+    c = plain(cfg)
+    data = {k: v for k, v in c["data"].items() if k != "dir"}
+    sync = {k: c["sync"][k] for k in ("wire", "chunk_mb")}
+    parts = {k: c[k] for k in ("model", "optim", "rounds", "budget", "seed")}
+    return _digest(parts | {"data": data, "sync": sync})
+
+
+def schedule_digest(cfg: Config) -> str:
+    """Digest of what decides when sites train and what it costs; a resumed run must match it too."""
+    c = plain(cfg)
+    machine = ("device", "device_batch", "ranks", "threads_local", "threads_federated")
+    sites = {n: {k: v for k, v in s.items() if k not in machine} for n, s in c["sites"].items()}
+    return _digest({k: c[k] for k in ("clock", "policy", "carbon")} | {"sites": sites})
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"python": ".".join(map(str, sys.version_info[:3])), "torch": version("torch"), "numpy": version("numpy")}
+
+
+def command(main) -> None:
+    """Run an entry point: BadInput becomes one line and exit code 2, Ctrl-C a quiet 130."""
+    try:
+        code = main(sys.argv[1:])
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        code = EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # `... | head` closed our stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+    sys.exit(code or EXIT_DONE)

@@ -1,0 +1,97 @@
+"""The inner optimizer and its one schedule.
+
+Muon for the matrices of the blocks, AdamW for embeddings, head and scalars, as in nanochat. We use
+`torch.optim.Muon`; nanochat's own is a variant of it (it shards the orthogonalisation over ranks and adds a
+variance-normalised step in later versions), so curves agree in shape, not in digits.
+
+The outer step, which joins sites, lives in sync.py: it is part of the protocol.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+ADAM_EPS = 1e-10  # nanochat; torch's 1e-8 is not small beside its tiny second moments
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the schedule says at one position of the run."""
+
+    lr_scale: float
+    muon_momentum: float
+    weight_decay_scale: float
+
+
+def schedule(position_tokens: float, budget_tokens: int, tokens_per_step: int, optim) -> Point:
+    """Learning rate, Muon momentum and weight decay at a position, clamped to [0, budget].
+
+    Warm-up over the first `warmup`, warm-down to `final_lr` over the last `warmdown` of the budget (shares);
+    momentum rises over the first `muon_momentum_steps` steps; weight decay falls linearly to 0 (nanochat).
+    """
+    progress = min(max(position_tokens / budget_tokens, 0.0), 1.0)
+    scale = 1.0
+    if optim.warmup > 0 and progress < optim.warmup:
+        scale = progress / optim.warmup
+    elif optim.warmdown > 0 and progress > 1.0 - optim.warmdown:
+        left = (1.0 - progress) / optim.warmdown
+        scale = left + (1.0 - left) * optim.final_lr
+    low, high = optim.muon_momentum
+    rise = min(max(position_tokens, 0.0) / (max(optim.muon_momentum_steps, 1) * tokens_per_step), 1.0)
+    return Point(scale, low + rise * (high - low), 1.0 - progress)
+
+
+class Inner:
+    """Muon and AdamW as one optimizer whose settings follow `schedule`."""
+
+    def __init__(self, model: nn.Module, optim):
+        width_scale = (model.shape.width / 768) ** -0.5  # nanochat tuned the AdamW rates at width 768
+        adam = [
+            {"params": [model.embed.weight], "base_lr": optim.embedding_lr * width_scale},
+            {"params": [model.head.weight], "base_lr": optim.unembedding_lr * width_scale},
+        ]
+        scalars = [p for p in (model.residual, model.x0) if p is not None]
+        if scalars:
+            adam.append({"params": scalars, "base_lr": optim.scalar_lr})
+        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=tuple(optim.betas), eps=ADAM_EPS, weight_decay=0.0)
+        self.muon = torch.optim.Muon(
+            [p for p in model.blocks.parameters()], lr=0.0, weight_decay=0.0, nesterov=True, adjust_lr_fn="original"
+        )
+        for group in self.muon.param_groups:
+            group["base_lr"] = optim.matrix_lr
+        self.weight_decay = optim.weight_decay
+
+    def set(self, point: Point) -> None:
+        for group in self.adam.param_groups + self.muon.param_groups:
+            group["lr"] = group["base_lr"] * point.lr_scale
+        for group in self.muon.param_groups:
+            group["momentum"] = point.muon_momentum
+            group["weight_decay"] = self.weight_decay * point.weight_decay_scale
+
+    def step(self) -> None:
+        self.adam.step()
+        self.muon.step()
+
+    def zero_grad(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
+        self.muon.zero_grad(set_to_none=True)
+
+    # State as flat named tensors, so that it can be kept in safetensors and never needs unpickling.
+    def tensors(self) -> dict[str, torch.Tensor]:
+        out = {}
+        for name, opt in (("adam", self.adam), ("muon", self.muon)):
+            for index, state in opt.state_dict()["state"].items():
+                for key, value in state.items():
+                    out[f"{name}.{index}.{key}"] = torch.as_tensor(value)
+        return out
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, opt in (("adam", self.adam), ("muon", self.muon)):
+            full = opt.state_dict()
+            full["state"] = {}
+            for key, value in tensors.items():
+                owner, index, field = key.split(".")
+                if owner == name:
+                    full["state"].setdefault(int(index), {})[field] = value
+            opt.load_state_dict(full)
