@@ -1,0 +1,400 @@
+"""The control channel between the coordinator and the sites, and what travels over it.
+
+    hub = Hub(...)     at the coordinator: one ROUTER socket, the only port a run opens
+    link = Link(...)   at each site's rank 0: one DEALER socket, outbound only
+
+Encrypted and authenticated on both sides (CURVE): each site has a key of its own, the coordinator admits the keys of
+its run and knows a site by its key, not by what it claims. A message is a JSON header and one blob of raw bytes;
+nothing is ever unpickled. Besides commands and reports the channel carries heartbeats, downloads and uploads of state
+in chunks, the rendezvous of gloo groups (`ChannelStore`, a torch.distributed.Store, so that no TCPStore of ours
+listens), and the chunks of a star-shaped average.
+
+Both ends run their socket in a thread of their own, so that heartbeats keep their time while a step or a file takes
+long. Anything that must be decided is put into `inbox` for the main thread.
+"""
+
+import json
+import os
+import queue
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+import zmq
+import zmq.auth
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
+
+from config import BadInput
+
+POLL_MS = 200
+MAX_HEADER = 1 << 20
+
+
+class ChannelError(RuntimeError):
+    """The other side did not answer, or said no."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys
+
+
+def make_keys(folder: Path, names: list[str]) -> list[str]:
+    """A CURVE key pair per name (and one for the coordinator) in `folder`, existing ones kept. Returns the new ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name in ["coordinator", *names]:
+        if not (folder / f"{name}.key_secret").exists():
+            _, secret = zmq.auth.create_certificates(folder, name)
+            os.chmod(secret, 0o600)
+            made.append(name)
+    return made
+
+
+def read_key(folder: Path, name: str, secret: bool) -> tuple[bytes, bytes | None]:
+    """(public, secret or None) of a name, z85. Raises BadInput when the file is missing or not a key."""
+    path = folder / f"{name}.key{'_secret' if secret else ''}"
+    try:
+        return zmq.auth.load_certificate(path)
+    except (OSError, ValueError):
+        raise BadInput(f"no usable key {path}; make keys at the head node with `python coordinator.py keys CONFIG` "
+                       "and copy this site's there") from None  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both ends
+
+
+class Pump(threading.Thread):
+    """Owns one socket: sends what `send` queued, hands what arrives to `handle`, calls `tick` now and then."""
+
+    def __init__(self, name: str):
+        super().__init__(name=name, daemon=True)
+        self.context = zmq.Context()
+        self.inbox: queue.Queue = queue.Queue()
+        self.error: str | None = None
+        self._outgoing: queue.SimpleQueue = queue.SimpleQueue()
+        self._wake_r, self._wake_w = os.pipe()
+        self._stop = threading.Event()
+        self.socket: zmq.Socket
+
+    def post(self, parts: list) -> None:
+        """Queue frames for sending, from any thread."""
+        self._outgoing.put(parts)
+        if not self._stop.is_set():
+            os.write(self._wake_w, b".")
+
+    def run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self.socket, zmq.POLLIN)
+        poller.register(self._wake_r, zmq.POLLIN)
+        self.register(poller)
+        while not self._stop.is_set():
+            ready = dict(poller.poll(POLL_MS))
+            if self._wake_r in ready:
+                os.read(self._wake_r, 4096)
+            self._drain()
+            while self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                self.receive(self.socket.recv_multipart(copy=False))
+            self.tick(ready)
+        self._drain()
+        self.socket.close(linger=1000)
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                parts = self._outgoing.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                self.socket.send_multipart(parts, copy=False)
+            except zmq.ZMQError as error:  # a peer that has gone; the time-outs of whoever waits for it speak up
+                self.error = str(error)
+
+    def register(self, poller: zmq.Poller) -> None:
+        """Add more to poll."""
+
+    def receive(self, frames: list[zmq.Frame]) -> None:
+        raise AssertionError("each end says what it does with a message")
+
+    def tick(self, ready: dict) -> None:
+        """Called at least every POLL_MS."""
+
+    def close(self) -> None:
+        """Send what is queued, then close the socket and the thread."""
+        if not self._stop.is_set():
+            self._stop.set()
+            os.write(self._wake_w, b".")
+            self.join(timeout=5)
+            self.context.destroy(linger=1000)
+
+
+def pack(header: dict, payload=b"") -> list:
+    return [json.dumps(header).encode(), payload]
+
+
+def unpack(frames: list[zmq.Frame]) -> tuple[dict, memoryview] | None:
+    """Header and payload, or None for anything that is not a message of ours."""
+    if len(frames) != 2 or len(frames[0]) > MAX_HEADER:
+        return None
+    try:
+        header = json.loads(frames[0].bytes)
+    except ValueError:
+        return None
+    return (header, frames[1].buffer) if isinstance(header, dict) and isinstance(header.get("type"), str) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The coordinator's end
+
+
+class Hub(Pump):
+    """Listens at host:port (0: a free one, see .address). `allowed`: public key (z85 str) -> site name.
+
+    Answers by itself: heartbeats, rendezvous keys, state chunks (`read_state(round, name, start, stop) -> bytes or
+    None`), chunks of star averages. The rest goes to `inbox` as (site, identity, header, payload); messages of a
+    process that was not admitted are dropped, its hello excepted.
+    """
+
+    def __init__(self, host: str, port: int, keys: Path, allowed: dict[str, str], read_state, max_bytes: int):
+        super().__init__("hub")
+        self.read_state = read_state
+        self._seen: dict[str, float] = {}
+        self._identity: dict[str, bytes] = {}
+        self._values: dict[str, bytes] = {}
+        self._waiting: list[tuple[bytes, dict, float]] = []
+        self._averages: dict[tuple, dict] = {}
+        self._auth = ThreadAuthenticator(self.context)
+        self._auth.start()
+        self._auth.configure_curve_callback(domain="*", credentials_provider=_AllowList(allowed))
+        self._allowed = allowed
+        self.socket = self.context.socket(zmq.ROUTER)
+        self.socket.curve_publickey, self.socket.curve_secretkey = read_key(keys, "coordinator", secret=True)
+        self.socket.curve_server = True
+        self.socket.router_mandatory = True
+        self.socket.maxmsgsize = max_bytes + MAX_HEADER
+        try:
+            self.port = (self.socket.bind_to_random_port(f"tcp://{host}") if port == 0
+                         else (self.socket.bind(f"tcp://{host}:{port}"), port)[1])  # fmt: skip
+        except zmq.ZMQError as error:
+            self._auth.stop()
+            self.context.destroy(linger=0)
+            raise BadInput(f"sync.port={port}: cannot listen at {host}:{port} ({error}); stop what holds it, or take "
+                           "sync.port=0") from None  # fmt: skip
+        self.address = f"{host}:{self.port}"
+        self.start()
+
+    def admit(self, site: str, identity: bytes) -> None:
+        """From now on this process speaks for the site; an older one of the same name is ignored."""
+        self._identity[site] = identity
+        self._seen[site] = time.monotonic()
+
+    def dismiss(self, site: str) -> None:
+        self._identity.pop(site, None)
+
+    def connected(self, site: str) -> bool:
+        return site in self._identity
+
+    def silent_s(self, site: str) -> float:
+        return time.monotonic() - self._seen.get(site, 0.0)
+
+    def send(self, site: str, header: dict, payload=b"") -> None:
+        if site in self._identity:
+            self.post([self._identity[site], *pack(header, payload)])
+
+    def answer(self, identity: bytes, header: dict, payload=b"") -> None:
+        self.post([identity, *pack(header, payload)])
+
+    def expect(self, round_: int, attempt: int, members: list[str]) -> None:
+        """Before a star-shaped attempt: whose chunks to add up, in this order."""
+        self._averages[round_, attempt] = {"members": members, "chunks": {}}
+
+    def forget(self, round_: int) -> None:
+        """A round is over: its rendezvous keys and averages with it."""
+        self._values = {k: v for k, v in self._values.items() if not k.startswith(f"{round_}/")}
+        self._averages = {k: v for k, v in self._averages.items() if k[0] > round_}
+
+    def receive(self, frames: list[zmq.Frame]) -> None:
+        message = unpack(frames[1:])
+        site = self._allowed.get(frames[0].get("User-Id"))
+        if message is None or site is None:
+            return
+        identity, (header, payload) = frames[0].bytes, message
+        if header["type"] == "hello":
+            self.inbox.put((site, identity, header, payload))
+            return
+        if self._identity.get(site) != identity:
+            return
+        self._seen[site] = time.monotonic()
+        handler = getattr(self, "_on_" + header["type"], None)
+        if handler:
+            handler(site, identity, header, payload)
+        else:
+            self.inbox.put((site, identity, header, payload))
+
+    def tick(self, ready: dict) -> None:
+        now, still = time.monotonic(), []
+        for identity, header, until in self._waiting:
+            if all(key in self._values for key in header["keys"]):
+                values = [self._values[k] for k in header["keys"]]
+                self.answer(identity, {"type": "reply", "re": header["id"], "sizes": [len(v) for v in values]}, b"".join(values))
+            elif now < until:
+                still.append((identity, header, until))
+        self._waiting = still
+
+    def _on_heartbeat(self, site, identity, header, payload) -> None:
+        self.answer(identity, {"type": "heartbeat"})
+
+    def _on_set(self, site, identity, header, payload) -> None:
+        self._values[header["key"]] = bytes(payload)
+        self.answer(identity, {"type": "reply", "re": header["id"]})
+        self.tick({})
+
+    def _on_get(self, site, identity, header, payload) -> None:
+        self._waiting.append((identity, header, time.monotonic() + header["timeout_s"]))
+        self.tick({})
+
+    def _on_chunk(self, site, identity, header, payload) -> None:
+        data = self.read_state(header["round"], header["name"], header["start"], header["stop"])
+        found = data is not None
+        self.answer(identity, {"type": "reply", "re": header["id"], "found": found}, data if found else b"")
+
+    def _on_reduce(self, site, identity, header, payload) -> None:
+        """One member's weighted chunk of a star average. When all are here, each gets the sum in member order."""
+        import numpy as np
+
+        average = self._averages.get((header["round"], header["attempt"]))
+        if average is None or site not in average["members"]:
+            return
+        parts = average["chunks"].setdefault(header["index"], {})
+        parts[site] = (identity, header["id"], np.frombuffer(payload, np.float32))
+        if len(parts) == len(average["members"]):
+            total = None
+            for member in average["members"]:
+                total = parts[member][2].copy() if total is None else np.add(total, parts[member][2], out=total)
+            for member_identity, request, _ in parts.values():
+                self.answer(member_identity, {"type": "reply", "re": request}, total.data)
+            del average["chunks"][header["index"]]
+
+    def close(self) -> None:
+        if not self._stop.is_set():
+            self._auth.stop()
+        super().close()
+
+
+class _AllowList:
+    """Says to the authenticator which keys may talk to us; tells of each refused key once."""
+
+    def __init__(self, allowed: dict[str, str]):
+        self.allowed, self.refused = allowed, set()
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        z85 = zmq.utils.z85.encode(key).decode()
+        if z85 not in self.allowed and z85 not in self.refused and len(self.refused) < 1000:
+            self.refused.add(z85)
+            print(f"coordinator | refused a connection with unknown key {z85[:8]}...", flush=True)
+        return z85 in self.allowed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A site's end
+
+
+class Link(Pump):
+    """Connects to the coordinator. Commands arrive in `inbox` as (header, payload)."""
+
+    def __init__(self, address: str, keys: Path, site: str, heartbeat_s: float):
+        super().__init__("link")
+        self.address, self.heartbeat_s = address, heartbeat_s
+        self.welcomed = False
+        self._heard = self._beat = time.monotonic()
+        self._replies: dict[int, queue.SimpleQueue] = {}
+        self._next_id = 0
+        self._lock = threading.Lock()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.curve_publickey, self.socket.curve_secretkey = read_key(keys, site, secret=True)
+        self.socket.curve_serverkey, _ = read_key(keys, "coordinator", secret=False)
+        self._monitor = self.socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        )
+        self.socket.connect(f"tcp://{address}")
+        self.start()
+
+    def send(self, header: dict, payload=b"") -> None:
+        self.post(pack(header, payload))
+
+    def request(self, header: dict, payload=b"", timeout_s: float = 60.0) -> tuple[dict, memoryview]:
+        """Send and wait for the answer. Raises ChannelError after timeout_s."""
+        with self._lock:
+            self._next_id += 1
+            number = self._next_id
+            box = self._replies[number] = queue.SimpleQueue()
+        self.send(header | {"id": number}, payload)
+        try:
+            return box.get(timeout=timeout_s)
+        except queue.Empty:
+            raise ChannelError(f"no answer to {header['type']} from the coordinator at {self.address} within {timeout_s:g} s") from None
+        finally:
+            self._replies.pop(number, None)
+
+    def silent_s(self) -> float:
+        """Seconds since the coordinator was last heard."""
+        return time.monotonic() - self._heard
+
+    def register(self, poller: zmq.Poller) -> None:
+        poller.register(self._monitor, zmq.POLLIN)
+
+    def receive(self, frames: list[zmq.Frame]) -> None:
+        message = unpack(frames)
+        if message is None:
+            return
+        self._heard = time.monotonic()
+        header, payload = message
+        if header["type"] == "reply":
+            if box := self._replies.get(header["re"]):
+                box.put((header, payload))
+        elif header["type"] != "heartbeat":
+            self.inbox.put((header, payload))
+
+    def tick(self, ready: dict) -> None:
+        if self._monitor in ready:
+            event = recv_monitor_message(self._monitor)["event"]
+            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH or not self.welcomed:
+                self.inbox.put(({"type": "refused", "reason": f"the coordinator at {self.address} does not accept our key"}, b""))
+        if self.welcomed and time.monotonic() - self._beat >= self.heartbeat_s:
+            self._beat = time.monotonic()
+            self.socket.send_multipart(pack({"type": "heartbeat"}))
+
+    def close(self) -> None:
+        if not self._stop.is_set():
+            self.socket.disable_monitor()
+        super().close()
+
+
+class ChannelStore(dist.Store):
+    """The rendezvous of one process group over the control channel, under a prefix of its own."""
+
+    def __init__(self, link: Link, prefix: str, timeout_s: float):
+        super().__init__()
+        self.link, self.prefix, self.timeout_s = link, prefix, timeout_s
+
+    def set(self, key: str, value) -> None:
+        data = value.encode() if isinstance(value, str) else bytes(value)
+        self.link.request({"type": "set", "key": f"{self.prefix}/{key}"}, data, self.timeout_s)
+
+    def get(self, key: str) -> bytes:
+        return self._get([key], self.timeout_s)[0]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        self._get(keys, timeout.total_seconds() if timeout else self.timeout_s)
+
+    def _get(self, keys: list[str], timeout_s: float) -> list[bytes]:
+        wanted = [f"{self.prefix}/{key}" for key in keys]
+        header, payload = self.link.request({"type": "get", "keys": wanted, "timeout_s": timeout_s}, timeout_s=timeout_s + 1)
+        out, at = [], 0
+        for size in header["sizes"]:
+            out.append(bytes(payload[at : at + size]))
+            at += size
+        return out
