@@ -77,13 +77,13 @@ class Pump(threading.Thread):
         self.error: str | None = None
         self._outgoing: queue.SimpleQueue = queue.SimpleQueue()
         self._wake_r, self._wake_w = os.pipe()
-        self._stop = threading.Event()
+        self._closing = threading.Event()
         self.socket: zmq.Socket
 
     def post(self, parts: list) -> None:
         """Queue frames for sending, from any thread."""
         self._outgoing.put(parts)
-        if not self._stop.is_set():
+        if not self._closing.is_set():
             os.write(self._wake_w, b".")
 
     def run(self) -> None:
@@ -91,7 +91,7 @@ class Pump(threading.Thread):
         poller.register(self.socket, zmq.POLLIN)
         poller.register(self._wake_r, zmq.POLLIN)
         self.register(poller)
-        while not self._stop.is_set():
+        while not self._closing.is_set():
             ready = dict(poller.poll(POLL_MS))
             if self._wake_r in ready:
                 os.read(self._wake_r, 4096)
@@ -124,8 +124,8 @@ class Pump(threading.Thread):
 
     def close(self) -> None:
         """Send what is queued, then close the socket and the thread."""
-        if not self._stop.is_set():
-            self._stop.set()
+        if not self._closing.is_set():
+            self._closing.set()
             os.write(self._wake_w, b".")
             self.join(timeout=5)
             self.context.destroy(linger=1000)
@@ -279,7 +279,7 @@ class Hub(Pump):
             del average["chunks"][header["index"]]
 
     def close(self) -> None:
-        if not self._stop.is_set():
+        if not self._closing.is_set():
             self._auth.stop()
         super().close()
 
@@ -291,7 +291,7 @@ class _AllowList:
         self.allowed, self.refused = allowed, set()
 
     def callback(self, domain: str, key: bytes) -> bool:
-        z85 = zmq.utils.z85.encode(key).decode()
+        z85 = key.decode()
         if z85 not in self.allowed and z85 not in self.refused and len(self.refused) < 1000:
             self.refused.add(z85)
             print(f"coordinator | refused a connection with unknown key {z85[:8]}...", flush=True)
@@ -368,7 +368,7 @@ class Link(Pump):
             self.socket.send_multipart(pack({"type": "heartbeat"}))
 
     def close(self) -> None:
-        if not self._stop.is_set():
+        if not self._closing.is_set():
             self.socket.disable_monitor()
         super().close()
 

@@ -57,7 +57,8 @@ def facts_of(cfg, end_s: float) -> Facts:
 
 @dataclass(frozen=True)
 class Action:
-    """Something to tell the sites. `kind`: start, fetch, open, lease, freeze, store, attempt, commit, cancel, drop, end."""
+    """Something to tell the sites. `kind`: start, fetch, open, lease, freeze, store, attempt, commit, cancel, drop,
+    evaluate, end."""
 
     kind: str
     site: str | None = None
@@ -172,8 +173,12 @@ class Run:
 
     def take(self) -> tuple[list[dict], list[Action]]:
         """Records to journal (first), actions to carry out (then), both since the last call."""
-        records, actions, self._records, self._actions = self._records, self._actions, [], []
-        return records, actions
+        actions, self._actions = self._actions, []
+        return self.take_records(), actions
+
+    def take_records(self) -> list[dict]:
+        records, self._records = self._records, []
+        return records
 
     def next_time(self) -> float:
         """When `advance` must be called next, if nothing is observed or reported before."""
@@ -265,7 +270,7 @@ class Run:
         if not self.ledger.free and not self.pending:
             self.phase = "ending"
             if self.stored == self.round:
-                self.finish(t, "budget", 0)
+                self._last_evaluation(t)
             return
         team = self._team(t)
         ready = [s for s in team if self.holds.get(s) == self.round]
@@ -279,6 +284,14 @@ class Run:
             self._open(t, ready)
         else:
             self.phase, self.handover_s = "handover", (t + self.sync_s if self.facts.timed else INFINITY)
+
+    def _last_evaluation(self, t: float) -> None:
+        """The whole budget is durable: one site measures the result, then the run is over."""
+        holders = [s for s in self.schedule.sites if self.holds.get(s) == self.round]
+        if holders:
+            self._actions.append(Action("evaluate", holders[0], {"round": self.round}))
+        else:
+            self.finish(t, "budget", 0)
 
     def _open(self, t: float, members: list[str]) -> None:
         mode = "local" if len(members) == 1 else "federated"
@@ -492,8 +505,12 @@ class Run:
                 self._actions.append(Action("fetch", site, {"round": self.round}))
         self._set_power(t)
 
-    def evaluated(self, t: float, number: int, val_loss: float, val_bpb: float) -> None:
-        self._record(t, "eval", round=number, val_loss=val_loss, val_bpb=val_bpb)
+    def evaluated(self, t: float, number: int, val_loss: float | None, val_bpb: float | None) -> None:
+        """theta after round `number` - 1 was measured; None when only imagined."""
+        if val_loss is not None:
+            self._record(t, "eval", round=number, val_loss=val_loss, val_bpb=val_bpb)
+        if self.phase == "ending" and number == self.round and self.stored == self.round:
+            self.finish(t, "budget", 0)
 
     def absent(self, t: float, site: str, why: str) -> None:
         """No process answers for a site: it is left out until one does."""

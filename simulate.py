@@ -64,6 +64,8 @@ def imagine(t: float, action: Action, run: Run) -> None:
     elif action.kind == "attempt":
         for site in d["members"]:
             run.voted(t, site, d["attempt"], "")
+    elif action.kind == "evaluate":
+        run.evaluated(t, d["round"], None, None)
     elif action.kind == "commit" and d["sender"]:
         run.store_done(t, d["round"] + 1, "", "")
 

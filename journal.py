@@ -1,0 +1,119 @@
+"""The run's append-only journal: what was decided and committed, one JSON object a line, fsynced before it is told.
+
+    journal = Journal(run_dir / "journal.jsonl")
+    journal.add(records)       # buffered, so that records of one virtual moment can be put in order
+    journal.flush(upto_s)      # sorted by (t_s, type, site), numbered, written, fsynced
+
+Also here: reading a journal back (`effective` leaves out what a resume took back) and the invariants it must keep
+(`check`). Pure files and dictionaries; knows neither sockets nor torch.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from config import BadInput
+from rounds import Ledger
+
+# What differs between a live run and its replay from decisions alone.
+MEASURED = ("n", "wall", "digest", "digest_theta", "digest_m")
+
+
+def order(record: dict) -> tuple:
+    return record["t_s"], record["type"] == "end", record["type"], record.get("site") or ""
+
+
+class Journal:
+    def __init__(self, path: Path):
+        self.path = path
+        self.records: list[dict] = read(path) if path.exists() else []
+        self._buffer: list[dict] = []
+        self._file = open(path, "a", encoding="utf-8")
+
+    def add(self, records: list[dict]) -> None:
+        self._buffer += records
+
+    def flush(self, upto_s: float = float("inf")) -> list[dict]:
+        """Write what is due by upto_s; returns it. On return it is on disk."""
+        due = sorted((r for r in self._buffer if r["t_s"] <= upto_s), key=order)
+        if not due:
+            return []
+        self._buffer = [r for r in self._buffer if r["t_s"] > upto_s]
+        lines = []
+        for record in due:
+            numbered = {"n": len(self.records)} | record
+            self.records.append(numbered)
+            lines.append(json.dumps(numbered))
+        self._file.write("\n".join(lines) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return due
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict]:
+    """Records of a journal. A torn last line, left by a crash while writing, is cut off; torn elsewhere is BadInput."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole != len(data):
+        with open(path, "rb+") as file:
+            file.truncate(whole)
+    try:
+        return [json.loads(line) for line in data[:whole].splitlines()]
+    except ValueError as error:
+        raise BadInput(f"{path} is damaged ({error}); take another run name or fresh=true") from None
+
+
+def effective(records: list[dict]) -> list[dict]:
+    """The records that still hold: a resume on the virtual clock takes back all after the state it started from."""
+    out: list[dict] = []
+    for record in records:
+        if record["type"] == "cancel" and record["reason"] == "resumed":
+            stores = [i for i, r in enumerate(out) if r["type"] == "store" and r["round"] == record["round"]]
+            keep = stores[-1] + 1 if stores else 1
+            out = [r for r in out[:keep] if not (r["type"] == "open" and r["round"] == record["round"])]
+        else:
+            out.append(record)
+    return out
+
+
+def decision(record: dict) -> str:
+    """A record without what was measured: equal for the live run, the virtual run and the simulator."""
+    return json.dumps({k: v for k, v in record.items() if k not in MEASURED}, sort_keys=True)
+
+
+def check(records: list[dict], num_batches: int) -> list[tuple[bool, str]]:
+    """The invariants of a run that its journal can show, one (holds, sentence) each."""
+    out = []
+    out.append(([r["n"] for r in records] == list(range(len(records))), "record numbers are contiguous"))
+    held = effective(records)
+    times = [r["t_s"] for r in held]
+    out.append((times == sorted(times), "time never goes back, but for a resume"))
+    commits = [r for r in held if r["type"] == "commit"]
+    out.append(([c["round"] for c in commits] == list(range(len(commits))), f"{len(commits)} committed rounds are contiguous"))
+    ledger, once = Ledger(num_batches), True
+    for commit in commits:
+        try:
+            for ranges in commit["batches"].values():
+                ledger.replay(ranges)
+        except AssertionError:
+            once = False
+    out.append((once, f"each batch is committed at most once ({ledger.num_committed:,} of {num_batches:,})"))
+    tokens = [c["tokens"] * num_batches for c in commits]
+    sums = [sum(b - a for ranges in c["batches"].values() for a, b in ranges) for c in commits]
+    per_step = {t // num_batches / s for t, s in zip(tokens, sums) if s}
+    out.append((len(per_step) <= 1, "committed tokens are the sum of the contributions"))
+    opened = {r["round"]: r for r in held if r["type"] == "open"}
+    leased = all(c["round"] in opened and set(c["batches"]) <= set(opened[c["round"]]["members"]) for c in commits)
+    out.append((leased, "nothing is committed without an open round and its members"))
+    agreed = {r["round"] for r in held if r["type"] == "attempt"}
+    federated = {c["round"] for c in commits if opened.get(c["round"], {}).get("mode") == "federated"}
+    out.append((federated <= agreed, "no federated commit without an attempt"))
+    stores = [r["round"] for r in held if r["type"] == "store"]
+    out.append((stores == sorted(set(stores)) and set(stores) <= {c["round"] + 1 for c in commits}, "only committed states are stored"))
+    ended = [r for r in held if r["type"] == "end"]
+    if ended and ended[-1]["reason"] == "budget":
+        out.append((ledger.num_committed == num_batches, "the whole budget is committed"))
+    return out

@@ -1,0 +1,283 @@
+"""What people see of a run: console lines, the final table, summary.json, SITE.jsonl and wandb.
+
+Everything here is computed from the run's files (journal, intervals, SITE.jsonl) and its config, so that it can be
+computed again; wandb is a view of the same numbers.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+import carbon
+import config
+from journal import effective
+from journal import read as read_journal
+
+EMA = 0.99  # of the train loss, without bias correction: the paper's smoothed perplexity
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines
+
+
+def clock(cfg, t_s: float) -> str:
+    return carbon.iso(config.start_unix(cfg) + t_s)[11:16]
+
+
+def opening(cfg, traces, num_params: int, address: str, predicted_end_s: float) -> str:
+    """A dozen lines: what will be trained, where, when, and where it is written."""
+    start = config.start_unix(cfg)
+    lines = [
+        f"run {cfg.run}: {num_params:,} parameters, {config.num_batches(cfg):,} steps of {cfg.data.tokens_per_step:,} tokens "
+        f"from {cfg.data.source} ({cfg.data.tokenizer})",
+        f"  clock    {cfg.clock.mode}, from {carbon.iso(start)}; the schedule should end {carbon.iso(start + predicted_end_s)}, "
+        f"after {predicted_end_s / 3600:.1f} h",
+        f"  policy   {cfg.policy.name}: on below {cfg.policy.on_below_g_per_kwh:g}, off above {cfg.policy.off_above_g_per_kwh:g} "
+        f"gCO2/kWh for {cfg.policy.off_delay_s:g} s",
+        f"  outer    {cfg.rounds.outer} lr {cfg.rounds.outer_lr:g} momentum {cfg.rounds.outer_momentum:g}; rounds of "
+        f"{cfg.rounds.train_s:g} s + {cfg.rounds.sync_s:g} s sync; inner state {cfg.rounds.inner_state}; {cfg.sync.topology}",
+    ]
+    for name, site in cfg.sites.items():
+        windows = traces[site.region].below(cfg.policy.on_below_g_per_kwh, start, traces[site.region].end)
+        text = ", ".join(f"{carbon.iso(a)[11:16]}-{carbon.iso(b)[11:16]}" for a, b in windows[:4]) or "none"
+        lines.append(f"  {name:15} {site.region:12} {site.tokens_per_s:g} tokens/s, {site.train_kw:g} kW; windows {text}")
+    lines.append(f"  written  {config.run_dir(cfg)}; control channel at {address} (CURVE keys in {config.run_dir(cfg)}/keys)")
+    return "\n".join(lines)
+
+
+def describe(record: dict, cfg, run) -> str | None:
+    """One line for one journal record, or None for those that tell a reader nothing."""
+    kind, at = record["type"], clock(cfg, record["t_s"])
+    if kind == "site":
+        words = {"provisioning": "window open", "starting": "starting", "on": "on", "off": "window closed"}
+        if record["to"] == "starting":
+            return None
+        return f"{record['site']:15} | {at} {words[record['to']]}: {record['reason']}"
+    if kind == "open" and record["mode"] == "federated":
+        return f"{'federated':15} | {at} round {record['round']}: {' + '.join(record['members'])}"
+    if kind == "open":
+        return f"{'local':15} | {at} round {record['round']}: {record['members'][0]}"
+    if kind == "commit":
+        done = 100 * run.committed_tokens / cfg.budget.tokens
+        return f"{'commit':15} | {at} round {record['round']}: {record['tokens']:,} tokens, {done:.1f} % of the budget"
+    if kind == "eval":
+        return f"{'validation':15} | {at} round {record['round']}: loss {record['val_loss']:.4f} nats/token, {record['val_bpb']:.4f} bits/byte"
+    if kind == "fault":
+        return f"{record['site']:15} | {at} FAULT {record['kind']}: {record['action']}"
+    if kind in ("cancel", "rollback", "end"):
+        return f"{kind:15} | {at} {record.get('reason', '')}"
+    return None
+
+
+def step_line(cfg, site: str, p: dict, run, predicted_end_s: float) -> str:
+    """One aligned line per logged step. ETA in two currencies: training time left, and the clock given the windows."""
+    num_steps = config.num_batches(cfg)
+    rate = sum(s.tokens_per_s for n, s in cfg.sites.items() if run.now and n in run.now.members) or cfg.sites[site].tokens_per_s
+    train_h = (cfg.budget.tokens - min(p["step"] * cfg.data.tokens_per_step, cfg.budget.tokens)) / rate / 3600
+    wall_h = max(0.0, predicted_end_s - p["t_s"]) / 3600
+    mci = "   ?" if p["mci"] is None else f"{p['mci']:4.0f}"
+    return (f"{site:15} | {clock(cfg, p['t_s'])} {p['mode']:9} MCI {mci}  round {p['round']:3d}  step {p['step']:5d}/{num_steps} "
+            f"({100 * p['step'] / num_steps:4.1f} %)  loss {p['loss']:.3f}  tok/s {p['tok_per_s']:8,.0f}  "
+            f"{p['energy_kwh']:6.2f} kWh  {1000 * p['emissions_kg']:6.0f} gCO2  eta {train_h:4.1f} h train / {wall_h:4.1f} h wall")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logs
+
+
+class Panel:
+    """SITE.jsonl and a wandb run of one site, or the coordinator's wandb run. Offline unless asked otherwise."""
+
+    def __init__(self, cfg, run_id: str, name: str):
+        self.cfg, self.name = cfg, name
+        self.path = config.run_dir(cfg) / f"{name}.jsonl"
+        self.wandb = None
+        if cfg.wandb.mode != "disabled":
+            import wandb
+
+            config.run_dir(cfg).mkdir(parents=True, exist_ok=True)
+            self.wandb = wandb.init(
+                project=cfg.wandb.project, group=cfg.run, name=name, id=f"{run_id}-{name}", mode=cfg.wandb.mode,
+                resume="allow" if cfg.wandb.mode == "online" else None, dir=str(config.run_dir(cfg)), config=config.plain(cfg),
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True),
+            )  # fmt: skip
+            for axis in ("tokens", "hours", "emissions/kg"):
+                self.wandb.define_metric(axis)
+            self.wandb.define_metric("*", step_metric="tokens")
+
+    def rewind(self, round_: int) -> None:
+        """Leave out what an earlier process logged of rounds that will be trained again."""
+        if self.path.exists():
+            kept = [r for r in read_lines(self.path) if r["round"] < round_]
+            self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+
+    def step(self, record: dict, mode: str) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.wandb:
+            self.wandb.log({
+                "tokens": record["tokens"], "hours": record["t_s"] / 3600, "emissions/kg": record["emissions_kg"],
+                "train/loss": record["loss"], "train/ppl": math.exp(min(record["loss"], 50.0)), "train/lr": record["lr"],
+                "perf/tok_per_s": record["tok_per_s"], "carbon/mci_g_per_kwh": record["mci_g_per_kwh"],
+                "site/mode": mode, "site/power_kw": record["power_kw"], "energy/kwh": record["energy_kwh"],
+            })  # fmt: skip
+
+    def log(self, record: dict, coordinator) -> None:
+        """The coordinator's run: totals at each commit, validation when measured."""
+        if not self.wandb or record["type"] not in ("commit", "eval"):
+            return
+        run, cfg = coordinator.run, self.cfg
+        total = carbon.account(run.meter.closed(record["t_s"]), cfg, coordinator.traces)
+        row = {"tokens": run.committed_tokens, "hours": record["t_s"] / 3600, "emissions/kg": total["emissions_kg"],
+               "energy/kwh": total["energy_kwh"], "site/mode": run.mode}  # fmt: skip
+        if record["type"] == "eval":
+            row |= {"val/loss": record["val_loss"], "val/bpb": record["val_bpb"]}
+        start = config.start_unix(cfg)
+        for region in {s.region for s in cfg.sites.values()}:
+            row[f"carbon/{region}"] = coordinator.traces[region].at(start + record["t_s"])
+        self.wandb.log(row)
+
+    def finish(self, summary: dict) -> None:
+        if self.wandb:
+            self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, (int, float))})
+            self.wandb.finish()
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Summary
+
+
+def summarize(records: list[dict], rows: list[carbon.Interval], steps: list[dict], cfg, traces) -> dict:
+    """The keys of summary.json from journal records, intervals and the logged steps of all sites."""
+    held = effective(records)
+    commits = [r for r in held if r["type"] == "commit"]
+    per_site_steps: dict[str, int] = dict.fromkeys(cfg.sites, 0)
+    for commit in commits:
+        for site, ranges in commit["batches"].items():
+            per_site_steps[site] += sum(b - a for a, b in ranges)
+    trained = [r for r in rows if r.state == "training"]
+    runtime_s = max((r.end_s for r in trained), default=0.0)
+    until = [carbon.Interval(r.site, r.state, r.start_s, min(r.end_s, runtime_s)) for r in rows if r.start_s < runtime_s]
+    spent, early = carbon.account(rows, cfg, traces), carbon.account(until, cfg, traces)
+    tokens = sum(c["tokens"] for c in commits)
+    train_h = sum(s["train_hours"] for s in spent["sites"].values())
+    up_h = sum(s["up_hours"] for s in early["sites"].values())
+    committed_h = {n: k * config.step_s(cfg, n) / 3600 for n, k in per_site_steps.items()}
+    if cfg.clock.mode == "wall":  # steps take what they take: credit training time by the share of steps committed
+        cancelled = sum(r.get("tokens", 0) for r in held if r["type"] == "cancel") / cfg.data.tokens_per_step
+        share = sum(per_site_steps.values()) / max(1.0, sum(per_site_steps.values()) + cancelled)
+        committed_h = {n: spent["sites"][n]["train_hours"] * share for n in cfg.sites}
+    wasted = sum(r.get("tokens", 0) for r in held if r["type"] == "cancel")
+    sites = {}
+    for name, s in spent["sites"].items():
+        starts, wasted_starts = count_starts(held, rows, name)
+        up = early["sites"][name]["up_hours"]
+        sites[name] = {
+            "tokens": per_site_steps[name] * cfg.data.tokens_per_step, "steps": per_site_steps[name],
+            "train_site_hours": s["train_hours"], "up_site_hours": up, "goodput": committed_h[name] / up if up else None,
+            "energy_kwh": s["energy_kwh"], "emissions_kg": s["emissions_kg"], "curtailed_share": s["curtailed_share"],
+            "starts": starts, "wasted_starts": wasted_starts, "kwh_by_state": s["kwh_by_state"], "kg_by_state": s["kg_by_state"],
+        }  # fmt: skip
+    base, note = carbon.baselines(cfg, traces, tokens)
+    evals = [r for r in held if r["type"] == "eval"]
+    ppl = train_ppl_best(steps)
+    summary = {
+        "tokens": tokens, "steps": sum(per_site_steps.values()), "rounds": len(commits), "runtime_h": runtime_s / 3600,
+        "train_site_hours": train_h, "up_site_hours": up_h, "goodput": sum(committed_h.values()) / up_h if up_h else None,
+        "energy_kwh": spent["energy_kwh"], "emissions_kg": spent["emissions_kg"], "curtailed_share": spent["curtailed_share"],
+        "emissions_with_pue_kg": spent["emissions_kg"] * cfg.carbon.pue, "sites": sites,
+        "starts": sum(s["starts"] for s in sites.values()), "wasted_starts": sum(s["wasted_starts"] for s in sites.values()),
+        "wasted_tokens": wasted, "baselines": base, "baselines_note": note,
+        "floor_kg": {"lp": carbon.floor_lp(cfg, traces, train_h, runtime_s), "with_starts": carbon.floor_with_starts(cfg, traces, train_h, runtime_s)},
+        "val_loss": evals[-1]["val_loss"] if evals else None, "val_bpb": evals[-1]["val_bpb"] if evals else None,
+        "train_ppl_best": ppl, "end": next((r["reason"] for r in reversed(held) if r["type"] == "end"), None),
+        "provenance": carbon.provenance(cfg) | {"rule": "exact", "span": [carbon.iso(config.start_unix(cfg)), carbon.iso(config.start_unix(cfg) + runtime_s)],
+                       "config_digest": config.train_digest(cfg), "schedule_digest": config.schedule_digest(cfg), "versions": config.versions()},
+    }  # fmt: skip
+    return summary
+
+
+def count_starts(held: list[dict], rows: list[carbon.Interval], site: str) -> tuple[int, int]:
+    """How often a site was started, and how often it went off again without having trained."""
+    begins = [r["t_s"] for r in held if r["type"] == "site" and r["site"] == site and r["to"] == "provisioning"]
+    ends = [r["t_s"] for r in held if r["type"] == "site" and r["site"] == site and r["to"] == "off"] + [math.inf]
+    wasted = 0
+    for begin in begins:
+        end = min(e for e in ends if e >= begin)
+        wasted += not any(r.site == site and r.state == "training" and begin <= r.start_s <= end for r in rows)
+    return len(begins), wasted
+
+
+def train_ppl_best(steps: list[dict]) -> float | None:
+    """Lowest perplexity of the EMA-0.99 train loss over all logged steps of all sites in time order; the average
+    starts at the first value, without bias correction (as the paper's plots do)."""
+    smooth, best = None, math.inf
+    for record in sorted(steps, key=lambda r: (r["t_s"], r.get("site", ""))):
+        smooth = record["loss"] if smooth is None else EMA * smooth + (1 - EMA) * record["loss"]
+        best = min(best, smooth)
+    return math.exp(best) if steps else None
+
+
+def load_steps(run_dir: Path, sites) -> list[dict]:
+    """Logged steps of all sites, each with its site."""
+    out = []
+    for site in sites:
+        path = run_dir / f"{site}.jsonl"
+        out += [r | {"site": site} for r in read_lines(path)] if path.exists() else []
+    return out
+
+
+def write_summary(run_dir: Path, cfg, traces) -> dict:
+    records = read_journal(run_dir / "journal.jsonl")
+    rows = carbon.read_intervals(str(run_dir / "intervals.csv"))
+    steps = load_steps(run_dir, cfg.sites)
+    summary = summarize(records, rows, steps, cfg, traces)
+    stalls = [r["wall"]["stall_s"] for r in steps if "stall_s" in r["wall"]]
+    times = [r["wall"]["unix"] for r in steps]
+    summary["wall"] = {
+        "sync_stall_s": {"p50": float(np.percentile(stalls, 50)), "p95": float(np.percentile(stalls, 95)), "n": len(stalls)} if stalls else None,
+        "train_span_s": max(times) - min(times) if times else None,
+    }  # fmt: skip
+    path = run_dir / "summary.json"
+    path.with_suffix(".tmp").write_text(json.dumps(summary, indent=1))
+    path.with_suffix(".tmp").replace(path)
+    return summary
+
+
+def table(summary: dict, cfg) -> str:
+    """The final table, fit for pasting."""
+    s, wide = summary, 26
+
+    def row(name: str, text: str) -> str:
+        return f"  {name:{wide}} {text}"
+
+    def number(value, form: str, unit: str = "") -> str:
+        return "-" if value is None else format(value, form) + unit
+
+    lines = ["", f"run {cfg.run}: {s['end']}"]
+    lines.append(row("tokens", f"{s['tokens']:,} in {s['steps']:,} steps, {s['rounds']} rounds"))
+    lines.append(row("validation", f"{number(s['val_loss'], '.4f')} nats/token, {number(s['val_bpb'], '.4f')} bits/byte"))
+    lines.append(row("time", f"{s['runtime_h']:.2f} h, {s['train_site_hours']:.2f} training site-hours, goodput {number(s['goodput'], '.3f')}"))
+    lines.append(row("energy", f"{s['energy_kwh']:.2f} kWh, {100 * (s['curtailed_share'] or 0):.1f} % inside windows"))
+    lines.append(row("emissions", f"{s['emissions_kg']:.3f} kgCO2"))
+    for region, kg in (s["baselines"] or {}).items():
+        lines.append(row(f"  of {region} alone", f"{kg:.3f} kgCO2, ours is {100 * s['emissions_kg'] / kg:.1f} %"))
+    if s["baselines_note"]:
+        lines.append(row("  baselines", f"none: {s['baselines_note']}"))
+    floor = s["floor_kg"]
+    lines.append(row("  floor by the same hour", f"{number(floor['lp'], '.3f')} kgCO2, {number(floor['with_starts'], '.3f')} with start costs"))
+    lines.append(row("starts", f"{s['starts']}, of which {s['wasted_starts']} wasted; {s['wasted_tokens']:,} tokens wasted"))
+    stall = (s.get("wall") or {}).get("sync_stall_s")
+    if stall:
+        lines.append(row("measured sync stall", f"p50 {stall['p50']:.3f} s, p95 {stall['p95']:.3f} s over {stall['n']}"))
+    lines.append(f"  {'site':{wide}} {'hours':>7} {'kWh':>8} {'kgCO2':>8} {'starts':>7} {'steps':>7}")
+    for name, site in s["sites"].items():
+        lines.append(f"  {name:{wide}} {site['train_site_hours']:7.2f} {site['energy_kwh']:8.2f} {site['emissions_kg']:8.3f} "
+                     f"{site['starts']:7d} {site['steps']:7d}")  # fmt: skip
+    return "\n".join(lines)
