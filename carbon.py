@@ -450,10 +450,8 @@ def floor_with_starts(cfg, traces: dict[str, Trace], hours: float, deadline_s: f
         for k, cost in enumerate(total):
             joint[k : k + slots + 1] = np.minimum(joint[k : k + slots + 1], cost + curve)
         total = joint
-    low = int(need)
-    if need == low or low + 1 >= len(total):
-        return float(total[low])
-    return float(total[low] + (need - low) * (total[low + 1] - total[low]))
+    kg = float(np.interp(need, np.arange(len(total)), total))
+    return kg if np.isfinite(kg) else None
 
 
 def _site_curve(spec, trace: Trace, start: int, step: int, slots: int) -> np.ndarray:

@@ -13,6 +13,7 @@ Both ends run their socket in a thread of their own, so that heartbeats keep the
 long. Anything that must be decided is put into `inbox` for the main thread.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -305,9 +306,9 @@ class _AllowList:
 class Link(Pump):
     """Connects to the coordinator. Commands arrive in `inbox` as (header, payload)."""
 
-    def __init__(self, address: str, keys: Path, site: str, heartbeat_s: float):
+    def __init__(self, address: str, keys: Path, site: str, heartbeat_s: float, dead_s: float):
         super().__init__("link")
-        self.address, self.heartbeat_s = address, heartbeat_s
+        self.address, self.heartbeat_s, self.dead_s = address, heartbeat_s, dead_s
         self.welcomed = False
         self._heard = self._beat = time.monotonic()
         self._replies: dict[int, queue.SimpleQueue] = {}
@@ -326,16 +327,18 @@ class Link(Pump):
         self.post(pack(header, payload))
 
     def request(self, header: dict, payload=b"", timeout_s: float = 60.0) -> tuple[dict, memoryview]:
-        """Send and wait for the answer. Raises ChannelError after timeout_s."""
+        """Send and wait for the answer. Raises ChannelError after timeout_s, or once the coordinator counts as dead."""
         with self._lock:
             self._next_id += 1
             number = self._next_id
             box = self._replies[number] = queue.SimpleQueue()
         self.send(header | {"id": number}, payload)
+        until = time.monotonic() + timeout_s
         try:
-            return box.get(timeout=timeout_s)
-        except queue.Empty:
-            raise ChannelError(f"no answer to {header['type']} from the coordinator at {self.address} within {timeout_s:g} s") from None
+            while time.monotonic() < until and self.silent_s() < self.dead_s:
+                with contextlib.suppress(queue.Empty):
+                    return box.get(timeout=min(0.5, timeout_s))
+            raise ChannelError(f"no answer to {header['type']} from the coordinator at {self.address} within {timeout_s:g} s")
         finally:
             self._replies.pop(number, None)
 

@@ -218,8 +218,7 @@ class Run:
         if self.phase == "idle" and not (self.facts.timed and self.fetching):
             self._open_next(t)
         if t >= self.facts.end_s and self.phase == "idle":
-            left = self.facts.num_batches - self.ledger.num_committed
-            self.finish(t, f"the trace or clock.max_hours ended with {left * self.facts.tokens_per_step:,} tokens left", 3)
+            self._end_when_stored(t)
         self._set_power(t)
 
     def provisioned(self, t: float, site: str) -> None:
@@ -241,7 +240,7 @@ class Run:
     def _fetch(self, site: str) -> None:
         """Have a site download the newest start state. On the virtual clock its start-up time covers that."""
         number = self.round if self.facts.timed else self.stored
-        busy = self.facts.timed and (self.phase in ("reduce", "storing", "freezing") or self.stored < self.round)
+        busy = self.facts.timed and self.phase in ("reduce", "storing", "freezing")
         if not busy:  # else `_open_next` fetches the state that is being made
             self.fetching.add(site)
             self._actions.append(Action("fetch", site, {"round": number}))
@@ -268,9 +267,7 @@ class Run:
         """Open the next round for whoever is on; fetch the state for those who lack it."""
         self.now, self.handover_s = None, INFINITY
         if not self.ledger.free and not self.pending:
-            self.phase = "ending"
-            if self.stored == self.round:
-                self._last_evaluation(t)
+            self._end_when_stored(t)
             return
         team = self._team(t)
         ready = [s for s in team if self.holds.get(s) == self.round]
@@ -285,10 +282,16 @@ class Run:
         else:
             self.phase, self.handover_s = "handover", (t + self.sync_s if self.facts.timed else INFINITY)
 
-    def _last_evaluation(self, t: float) -> None:
-        """The whole budget is durable: one site measures the result, then the run is over."""
+    def _end_when_stored(self, t: float) -> None:
+        """Budget or trace are used up. The last state must be durable first; a finished budget is also measured."""
+        self.phase = "ending"
+        if self.stored < self.round:
+            return
+        left = (self.facts.num_batches - self.ledger.num_committed) * self.facts.tokens_per_step
         holders = [s for s in self.schedule.sites if self.holds.get(s) == self.round]
-        if holders:
+        if left:
+            self.finish(t, f"the trace or clock.max_hours ended with {left:,} tokens left", 3)
+        elif holders:
             self._actions.append(Action("evaluate", holders[0], {"round": self.round}))
         else:
             self.finish(t, "budget", 0)
@@ -486,10 +489,14 @@ class Run:
         self._record(t, "store", round=number, digest_theta=digest_theta, digest_m=digest_m)
         if self.phase in ("storing", "ending"):
             self._release(t)
-            self._open_next(t)
+            if self.phase == "storing":
+                self._open_next(t)
+            else:
+                self._end_when_stored(t)
+            self._set_power(t)
         elif self.phase == "reduce" and self._agreed() and self._sync_over(t):
             self._commit(t)
-        self._set_power(t)
+            self._set_power(t)
 
     def current(self, t: float, site: str, number: int) -> None:
         """A site has downloaded theta_number and m_number."""

@@ -6,8 +6,11 @@
 trained n steps" in the place of real sites. The coordinator's virtual clock is the same `drive` with real ones.
 """
 
+import json
+
 import config
-from carbon import Meter, Trace
+import report
+from carbon import Meter, Trace, load_traces
 from rounds import Action, Run, facts_of
 from scheduler import INFINITY, Schedule, Site, policy_of
 
@@ -94,3 +97,44 @@ def drive(run: Run, samples: Samples, execute=imagine, journal=lambda records: N
             wait(t, run)
             continue
         t = max(t, min(run.next_time(), samples.next_time()))
+
+
+def simulate(cfg, traces: dict[str, Trace] | None = None) -> dict:
+    """The summary of the run this config would make, with its decisions; nothing is trained."""
+    traces = traces or load_traces(cfg)
+    run, samples = new_run(cfg, traces)
+    records: list[dict] = [{"t_s": 0.0, "type": "genesis", "digest": ""}]
+    drive(run, samples, journal=records.extend)
+    rows = run.meter.closed(records[-1]["t_s"])
+    summary = report.summarize(records, rows, [], cfg, traces)
+    events = [r for r in records if r["type"] in ("site", "open", "commit", "cancel", "end")]
+    summary["decisions"] = [
+        {"t_s": r["t_s"], "site": r.get("site"), "event": r.get("to", r["type"]), "reason": r.get("reason") or _why(r)} for r in events
+    ]
+    return summary | {"exit": run.code}
+
+
+def _why(record: dict) -> str:
+    if record["type"] == "open":
+        return f"{record['mode']}: {' + '.join(record['members'])}"
+    return f"round {record['round']}, {record['tokens']:,} tokens" if record["type"] == "commit" else ""
+
+
+def main(argv: list[str]) -> int:
+    as_json = "--json" in argv
+    cfg = config.load([a for a in argv if a != "--json"])
+    virtual = config.OmegaConf.merge(cfg, {"clock": {"mode": "virtual"}})
+    summary = simulate(virtual)
+    code = summary.pop("exit")
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        for d in summary["decisions"]:
+            if d["event"] in ("provisioning", "on", "off", "end"):
+                print(f"{report.clock(cfg, d['t_s'])}  {d['site'] or '':16} {d['event']:13} {d['reason']}")
+        print(report.table(summary, cfg))
+    return code
+
+
+if __name__ == "__main__":
+    config.command(main)

@@ -137,7 +137,7 @@ class Site:
         while time.monotonic() < until:
             address = self._address()
             if address:
-                link = Link(address, self.dir / "keys", self.name, cfg.sync.heartbeat_s)
+                link = Link(address, self.dir / "keys", self.name, cfg.sync.heartbeat_s, cfg.sync.dead_s)
                 link.send(hello)
                 try:
                     header, _ = link.inbox.get(timeout=2.0)

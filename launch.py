@@ -1,0 +1,188 @@
+"""Everything on one machine: the coordinator and one torchrun per site, as processes of their own.
+
+    python launch.py configs/demo.yaml [key=value ...]
+
+Shows what happens live (a table of sites on a terminal, plain lines elsewhere), leaves no process behind whatever
+way it ends, draws the figure, and exits with the coordinator's exit code. It starts just what the README tells a
+person to start by hand, with the same commands.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+import config
+
+GRACE_S = 10.0
+HERE = Path(__file__).parent
+
+
+class Stop(Exception):
+    """Ctrl-C or SIGTERM."""
+
+
+def die_with_parent() -> None:
+    """In the child, before exec, on Linux: do not outlive the launcher, even if it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def start(command: list[str], env: dict, **options) -> subprocess.Popen:
+    """A child in a process group of its own, so that it and its children can be stopped together."""
+    return subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=die_with_parent, **options)
+
+
+def site_command(argv: list[str], name: str, ranks: int) -> list[str]:
+    """What a person would type for one site. A rendezvous port of 0 lets several torchruns share a machine."""
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1",
+            "--master_port=0", str(HERE / "train.py"), *argv, f"site={name}"]  # fmt: skip
+
+
+def stop(children: dict[str, subprocess.Popen], number: int) -> None:
+    for child in children.values():
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def wait_all(children: dict[str, subprocess.Popen], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if all(child.poll() is not None for child in children.values()):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+class Screen:
+    """A table of sites and the last events on a terminal; the coordinator's lines as they are elsewhere."""
+
+    def __init__(self, cfg):
+        self.sites = {name: {"state": "off", "line": ""} for name in cfg.sites}
+        self.events: deque[str] = deque(maxlen=14)
+        self.live = None
+        if sys.stdout.isatty():
+            from rich.live import Live
+
+            self.live = Live(refresh_per_second=4)
+            self.live.start()
+
+    def show(self, line: str) -> None:
+        if self.live is None:
+            print(line, flush=True)
+            return
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        who, _, rest = line.partition("|")
+        who = who.strip()
+        if who in self.sites and "  step " in rest:
+            self.sites[who]["line"] = rest.strip()
+        else:
+            self.events.append(line)
+            for word, state in (("window open", "provisioning"), (" on: ", "on"), ("window closed", "off")):
+                if who in self.sites and word in rest:
+                    self.sites[who] = {"state": state, "line": ""}
+        grid = Table(expand=True)
+        for column in ("site", "state", "now"):
+            grid.add_column(column, no_wrap=True)
+        for name, site in self.sites.items():
+            grid.add_row(name, site["state"], site["line"])
+        self.live.update(Group(grid, Text("\n".join(self.events))))
+
+    def close(self, table: list[str]) -> None:
+        if self.live is not None:
+            self.live.stop()
+            print("\n".join(table), flush=True)
+
+
+def main(argv: list[str]) -> int:
+    cfg = config.load(argv)  # bad input is said here, before anything starts
+    run_dir = config.run_dir(cfg)
+    env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+    site_argv = [a for a in argv if not a.startswith("fresh=")]
+    children: dict[str, subprocess.Popen] = {}
+    logs = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    screen = None
+    try:
+        head = children["coordinator"] = start([sys.executable, str(HERE / "coordinator.py"), *argv], env, stdout=subprocess.PIPE, text=True)
+        first = head.stdout.readline()  # the coordinator has taken the folder and cleared it, or has refused
+        if first:
+            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+            for name, site in cfg.sites.items():
+                logs[name] = open(run_dir / "logs" / f"{name}.log", "a")
+                children[name] = start(site_command(site_argv, name, site.ranks), env, stdout=logs[name], stderr=logs[name])
+            screen = Screen(cfg)
+            _follow(head, children, screen, first)
+        code = head.wait()
+        if code == config.EXIT_FAILED:
+            _show_logs(logs)
+        wait_all(children, GRACE_S)
+    except Stop:
+        print("\nlaunch: stopping", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.killpg(children["coordinator"].pid, signal.SIGTERM)  # it tells the sites, then says how far the run got
+        code = 130
+        wait_all(children, GRACE_S)
+    finally:
+        if not wait_all(children, 0.1):
+            stop(children, signal.SIGTERM)
+            if not wait_all(children, GRACE_S / 2):
+                stop(children, signal.SIGKILL)
+        for child in children.values():
+            child.wait()
+        if screen and screen.live:
+            screen.live.stop()
+    if code in (config.EXIT_DONE, config.EXIT_BUDGET_LEFT) and (run_dir / "summary.json").exists():
+        subprocess.run([sys.executable, str(HERE / "figures.py"), str(run_dir)], env=env, check=False)
+    return code
+
+
+def _follow(head: subprocess.Popen, children: dict[str, subprocess.Popen], screen: Screen, first: str) -> None:
+    """Show the coordinator's lines until it closes its end; note a site whose process ends early."""
+    threading.Thread(target=_watch, args=(head, children), daemon=True).start()
+    table: list[str] = []
+    screen.show(first.rstrip("\n"))
+    for line in head.stdout:
+        line = line.rstrip("\n")
+        if table or line.startswith("run ") and ": " in line and line != first.rstrip("\n"):
+            table.append(line)  # the final table
+        screen.show(line)
+    screen.close(table)
+
+
+def _watch(head: subprocess.Popen, children: dict[str, subprocess.Popen]) -> None:
+    told = set()
+    while head.poll() is None:
+        for name, child in list(children.items()):
+            if child.poll() not in (None, 0) and name not in told and head.poll() is None:
+                told.add(name)
+                print(f"{name:15} | process ended with code {child.returncode}; see its log", file=sys.stderr, flush=True)
+        time.sleep(0.2)
+
+
+def _show_logs(logs: dict) -> None:
+    for name, file in logs.items():
+        file.flush()
+        with open(file.name) as log:
+            tail = [line.rstrip() for line in log if line.startswith(f"{name}:") or line.startswith("train.py:")][-2:]
+        for line in tail:
+            print(f"{name:15} | {line}", file=sys.stderr)
+
+
+def _stop(number, frame) -> None:
+    raise Stop
+
+
+if __name__ == "__main__":
+    config.command(main)

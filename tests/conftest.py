@@ -1,0 +1,168 @@
+"""What the tests share: a corpus, tiny configs, runs with real processes, and a guard that none of them stays."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from omegaconf import OmegaConf
+
+import config
+
+REPO = Path(__file__).parent.parent
+START = "2026-01-11T17:00:00Z"
+
+# A run of seconds: 2,800 parameters, steps of 128 tokens that cost 10 virtual seconds.
+TINY = {
+    "run": "tiny",
+    "clock": {"mode": "virtual", "start": START},
+    "budget": {"tokens": 128 * 40},
+    "model": {"depth": 1, "width": 16, "heads": 2, "kv_heads": 1, "seq_len": 32},
+    "data": {"tokenizer": "bytes", "tokens_per_step": 128, "val_tokens": 1024},
+    "rounds": {"train_s": 60, "sync_s": 5, "commit_every_s": 60, "outer_lr": 1.0, "outer_momentum": 0.3, "rejoin_wait_s": 60, "grace_s": 20},
+    "policy": {"off_delay_s": 60},
+    "sync": {"heartbeat_s": 0.5, "dead_s": 6},
+    "carbon": {"baseline_regions": ["a"]},
+    "eval": {"every_rounds": 4, "tokens": 256},
+    "wandb": {"mode": "disabled"},
+    "log": {"every_steps": 2},
+}
+SITE = {"tokens_per_s": 12.8, "idle_kw": 0.5, "train_kw": 2.0, "provision_s": 20, "startup_s": 10, "device_batch": 4,
+        "threads_local": 1, "threads_federated": 1}  # fmt: skip
+CLEAN, DIRTY = 20.0, 500.0
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of text: this repository's own sources, cut into many documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = "\n".join(p.read_text() for p in sorted(REPO.glob("*.py")))
+    for i in range(0, len(text) - 2000, 2000):
+        (folder / f"{i // 2000:04d}.txt").write_text(text[i : i + 2000])
+    return folder
+
+
+def write_trace(path: Path, columns: dict[str, list[float]], step_s: int = 60) -> None:
+    """columns: region -> value per step from START on; the last one holds."""
+    from datetime import datetime, timedelta
+
+    first = datetime.fromisoformat(START)
+    length = 400
+    lines = ["time," + ",".join(columns)]
+    for i in range(length):
+        stamp = (first + timedelta(seconds=step_s * i)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        lines.append(",".join([stamp, *(str(v[min(i, len(v) - 1)]) for v in columns.values())]))
+    path.write_text("\n".join(lines) + "\n")
+
+
+class Runner:
+    """A folder to run in: writes configs and traces there, starts our programs there, kills what is left."""
+
+    def __init__(self, folder: Path, corpus: Path, data_dir: Path):
+        self.folder, self.corpus, self.data_dir = folder, corpus, data_dir
+        self.processes: list[subprocess.Popen] = []
+        self.env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
+
+    def write(self, sites: dict[str, dict], windows: dict[str, list[float]] | None = None, step_s: int = 60, **changes) -> list[str]:
+        """config.yaml (and trace.csv) for these sites, region = site name; returns the arguments that name it."""
+        windows = windows or {name: [CLEAN] * 400 for name in sites}
+        write_trace(self.folder / "trace.csv", windows, step_s)
+        raw = OmegaConf.merge(TINY, {
+            "carbon": {"trace": str(self.folder / "trace.csv"), "baseline_regions": list(windows)[:1]},
+            "data": {"source": str(self.corpus), "dir": str(self.data_dir)},
+            "sites": {name: SITE | {"region": name} | given for name, given in sites.items()},
+        }, changes)  # fmt: skip
+        OmegaConf.save(raw, self.folder / "config.yaml")
+        return [str(self.folder / "config.yaml")]
+
+    def load(self, argv: list[str]):
+        return config.load(argv)
+
+    def start(self, script: str, *argv: str, log: str | None = None) -> subprocess.Popen:
+        name = log or f"{script}-{len(self.processes)}"
+        out = open(self.folder / f"{name}.log", "w")
+        process = subprocess.Popen([sys.executable, str(REPO / script), *argv], cwd=self.folder, env=self.env, stdout=out,
+                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        process.log = self.folder / f"{name}.log"
+        self.processes.append(process)
+        return process
+
+    def call(self, script: str, *argv: str, timeout: float = 120) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, str(REPO / script), *argv], cwd=self.folder, env=self.env, capture_output=True,
+                              text=True, timeout=timeout)  # fmt: skip
+
+    def begin(self, argv: list[str], sites: list[str]) -> tuple[subprocess.Popen, dict[str, subprocess.Popen]]:
+        """Coordinator and sites as the README starts them, but for torchrun, which is slow to start."""
+        head = self.start("coordinator.py", *argv, log="coordinator")
+        workers = [a for a in argv if not a.startswith("fresh=")]
+        return head, {name: self.start("train.py", *workers, f"site={name}", log=name) for name in sites}
+
+    def run(self, argv: list[str], sites: list[str], timeout: float = 120) -> int:
+        """A whole run; returns the coordinator's exit code, after everyone has gone."""
+        head, workers = self.begin(argv, sites)
+        code = head.wait(timeout)
+        for worker in workers.values():
+            worker.wait(30)
+        return code
+
+    def said(self, name: str = "coordinator") -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "runs" / "tiny"
+
+    def journal(self, run: str = "tiny") -> list[dict]:
+        path = self.folder / "runs" / run / "journal.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def summary(self, run: str = "tiny") -> dict:
+        return json.loads((self.folder / "runs" / run / "summary.json").read_text())
+
+    def theta(self, run: str = "tiny"):
+        """theta of the newest stored state, flat."""
+        import sync
+
+        states = sync.StateFolder(self.folder / "runs" / run / "state")
+        return states.load(states.manifest[-1]["round"])[0]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        for process in self.processes:
+            process.wait(10)
+
+
+@pytest.fixture
+def runner(tmp_path, corpus, tmp_path_factory):
+    data_dir = corpus.parent / "tokens"
+    r = Runner(tmp_path, corpus, data_dir)
+    yield r
+    r.stop()
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Command lines of living processes that work in a folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "cwd", "status"]):
+        try:
+            if process.info["cwd"] == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.info["cmdline"] or [])[:160])
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture
+def reference_data() -> Path:
+    path = os.environ.get("REFERENCE_DATA")
+    if not path or not Path(path).is_dir():
+        pytest.skip("REFERENCE_DATA is not set: the reference traces are not part of the repository")
+    return Path(path)
