@@ -267,7 +267,8 @@ def table(summary: dict, cfg) -> str:
     lines.append(row("energy", f"{s['energy_kwh']:.2f} kWh, {100 * (s['curtailed_share'] or 0):.1f} % inside windows"))
     lines.append(row("emissions", f"{s['emissions_kg']:.3f} kgCO2"))
     for region, kg in (s["baselines"] or {}).items():
-        lines.append(row(f"  of {region} alone", f"{kg:.3f} kgCO2, ours is {100 * s['emissions_kg'] / kg:.1f} %"))
+        share = f", ours is {100 * s['emissions_kg'] / kg:.1f} %" if kg else ""
+        lines.append(row(f"  of {region} alone", f"{kg:.3f} kgCO2{share}"))
     if s["baselines_note"]:
         lines.append(row("  baselines", f"none: {s['baselines_note']}"))
     floor = s["floor_kg"]

@@ -147,7 +147,7 @@ class Run:
         self.pending: dict | None = None  # a local round frozen but not yet stored
         self.holds: dict[str, int] = {}  # site -> round whose start state it holds
         self.leaving: set[str] = set()  # off by the schedule, still busy with a round
-        self.handover_s = INFINITY  # timed: when the hand-over is over
+        self.handover_s = INFINITY  # timed: when the hand-over is over; wall: when to stop waiting for all
         self.fetching: set[str] = set()  # sites told to download the state
         self.sync_s = facts.sync_s  # wall: replaced by what was measured
         self.rates = dict(facts.rates)  # wall: likewise
@@ -214,7 +214,7 @@ class Run:
             late = [site for site in self.now.members if site not in self.now.steps]
             self.lost(t, late[0], f"froze no state within rounds.grace_s={self.facts.grace_s:g} s")
         if self.phase == "handover" and t >= self.handover_s - ROUND_OFF:
-            self._open_next(t)
+            self._hand_over(t)
         if self.phase == "idle" and not (self.facts.timed and self.fetching):
             self._open_next(t)
         if t >= self.facts.end_s and self.phase == "idle":
@@ -280,7 +280,16 @@ class Run:
         if ready and (len(ready) >= 2 or len(team) == 1):
             self._open(t, ready)
         else:
-            self.phase, self.handover_s = "handover", (t + self.sync_s if self.facts.timed else INFINITY)
+            self.phase, self.handover_s = "handover", t + (1 if self.facts.timed else 2) * self.sync_s
+
+    def _hand_over(self, t: float) -> None:
+        """Open once all who are on hold the state; past two sync times (wall), once two do (a slow download joins later)."""
+        team = self._team(t)
+        ready = [s for s in team if self.holds.get(s) == self.round]
+        if self.facts.timed or len(ready) == len(team) or (t >= self.handover_s - ROUND_OFF and len(ready) >= 2):
+            self._open_next(t)
+        elif t >= self.handover_s - ROUND_OFF:
+            self.handover_s = INFINITY  # only one is ready: wait for the next download
 
     def _end_when_stored(self, t: float) -> None:
         """Budget or trace are used up. The last state must be durable first; a finished budget is also measured."""
@@ -506,7 +515,7 @@ class Run:
         if self.phase == "idle" and not self.fetching:
             self._open_next(t)
         if self.phase == "handover" and number == self.round and not self.facts.timed:
-            self._open_next(t)
+            self._hand_over(t)
         elif self.schedule.sites[site].state == "on" and self.phase == "train" and not self.facts.timed:
             if number != self.round and self.stored == self.round:
                 self._actions.append(Action("fetch", site, {"round": self.round}))
@@ -553,10 +562,11 @@ class Run:
         """The run ends: 0 the whole budget is committed, 3 budget left, 1 failed (both resumable), 2 bad numbers."""
         if self.now and self.now.number == self.round:
             self._cancel(t, reason)
+        self.phase, self.reason, self.code = "ended", reason, code
+        self.now = self.pending = None
         for name in self.schedule.sites:
             self._moves(t, self.schedule.stop(t, name, "run ended"))
         self.leaving.clear()
-        self.phase, self.reason, self.code = "ended", reason, code
         self._set_power(t)
         self._record(t, "end", reason=reason)
         self._actions.append(Action("end", None, {"reason": reason, "code": code}))
@@ -604,5 +614,5 @@ class Run:
                 state = "waiting"
             self.meter.set(t, name, state)
 
-    def _record(self, t: float, kind: str, **fields) -> None:
-        self._records.append({"t_s": round(t, 3), "type": kind} | fields)
+    def _record(self, t: float, type_: str, /, **fields) -> None:
+        self._records.append({"t_s": round(t, 3), "type": type_} | fields)

@@ -128,12 +128,13 @@ class Site:
 
     def _join(self) -> None:
         """Say hello until the coordinator welcomes or refuses us."""
-        cfg, until = self.cfg, time.monotonic() + self.cfg.rounds.rejoin_wait_s
+        cfg, started = self.cfg, time.monotonic()
+        until = started + cfg.rounds.rejoin_wait_s
         hello = {"type": "hello", "site": self.name, "incarnation": uuid.uuid4().hex[:12],
                  "config digest": config.train_digest(cfg), "corpus digest": self.corpus.digest,
                  "tokenizer digest": self.corpus.tokenizer_digest, "versions": config.versions(),
                  "device": str(self.device), "ranks": self.ranks}  # fmt: skip
-        reason = "nothing answers"
+        reason, busy = "nothing answers", False
         while time.monotonic() < until:
             address = self._address()
             if address:
@@ -152,9 +153,13 @@ class Site:
                 if header["type"] == "refused" and not header.get("busy"):
                     raise BadInput(f"site {self.name}: refused: {header['reason']}")
                 reason = header.get("reason", reason)
+                busy = busy or bool(header.get("busy"))
+                if busy:  # our predecessor may have died without a word: it counts as gone after dead_s
+                    until = min(until, started + 2 * cfg.sync.dead_s)
             time.sleep(0.3)
-        raise BadInput(f"site {self.name}: no place in the run at {address or self.dir / 'address'} within rounds.rejoin_wait_s="
-                       f"{cfg.rounds.rejoin_wait_s:g} s: {reason}; start `python coordinator.py CONFIG` there")  # fmt: skip
+        remedy = "stop the other process" if busy else "start `python coordinator.py CONFIG` there"
+        raise BadInput(f"site {self.name}: no place in the run at {address or self.dir / 'address'} within "
+                       f"{time.monotonic() - started:.0f} s: {reason}; {remedy}")  # fmt: skip
 
     def _address(self) -> str | None:
         if self.cfg.sync.port:
@@ -566,8 +571,8 @@ class Site:
             self.link.send({"type": "eval", "round": round_} | report_)
 
     def log_step(self, plan: Plan, batch_id: int, loss: float) -> None:
-        """Every log.every_steps steps: a line in SITE.jsonl and wandb, a word to the coordinator's console."""
-        if self.rank or plan.done % self.cfg.log.every_steps and self.stall_s is None:
+        """A round's first step and every log.every_steps: a line in SITE.jsonl and wandb, a word to the coordinator."""
+        if self.rank or (plan.done > 1 and plan.done % self.cfg.log.every_steps):
             return
         elapsed = time.monotonic() - plan.started
         rate = plan.done * self.cfg.data.tokens_per_step / elapsed

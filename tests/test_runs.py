@@ -1,0 +1,319 @@
+"""Runs with real processes: resume, death, refusal, the wall clock, Ctrl-C. Nothing stays behind."""
+
+import json
+import os
+import signal
+import socket
+import time
+
+import pytest
+import torch
+from conftest import CLEAN, DIRTY, processes_in
+
+import carbon
+import config
+from journal import check, effective
+
+PAIR = {"a": {}, "b": {"tokens_per_s": 8.6}}
+
+
+def until(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def committed(runner, number):
+    return lambda: sum(r["type"] == "commit" for r in runner.journal()) >= number
+
+
+def all_hold(runner, argv):
+    held = check(runner.journal(), config.num_batches(runner.load(argv)))
+    assert all(ok for ok, _ in held), [line for ok, line in held if not ok]
+
+
+def stop_at_rest(runner, processes, sites):
+    """Freeze all processes in a round of two, at a moment when each site's own disk has caught up with the last
+    stored state (it is written in the background, a few milliseconds after the commit)."""
+
+    def at_rest():
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        stored = [r["round"] for r in runner.journal() if r["type"] == "store"]
+        opened = [r for r in runner.journal() if r["type"] == "open"]
+        kept = [runner.run_dir / "sites" / s / f"inner-{stored[-1]:06d}-rank0.safetensors" for s in sites] if stored else []
+        if len(stored) >= 5 and opened[-1]["round"] == stored[-1] and len(opened[-1]["members"]) == len(sites):
+            if all(path.exists() for path in kept):
+                return True
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+        return False
+
+    until(at_rest)
+
+
+@pytest.mark.parametrize("victim", ["coordinator", "site", "everyone"])
+def test_after_kill_9_the_same_command_resumes_and_ends_where_no_stop_would_have(runner, victim):
+    argv = runner.write(PAIR, {"a": [CLEAN] * 20 + [DIRTY], "b": [DIRTY] * 2 + [CLEAN]}, budget={"tokens": 128 * 90})
+    assert runner.run([*argv, "run=calm"], ["a", "b"]) == 0, runner.said()
+
+    head, workers = runner.begin(argv, ["a", "b"])
+    everyone = [head, *workers.values()]
+    stop_at_rest(runner, everyone, ["a", "b"])
+    victims = {"coordinator": [head], "site": [workers["a"]], "everyone": everyone}[victim]
+    for process in victims:
+        process.kill()
+    for process in everyone:
+        process.send_signal(signal.SIGCONT)
+    codes = {name: p.wait(60) for name, p in workers.items() if p not in victims}
+    if victim == "site":
+        assert head.wait(60) == 1
+        assert "a has not been heard for 6 s" in runner.said() and "The same command resumes" in runner.said()
+    assert all(code == 1 for code in codes.values()), "the others end with a message, not a hang"
+    if victim == "coordinator":
+        assert "the coordinator has not been heard" in runner.said("a")
+
+    assert runner.run(argv, ["a", "b"]) == 0, runner.said() + runner.said("a")
+    assert "resuming" in runner.said() and "found on own disk" in runner.said("a") + runner.said("b")
+    all_hold(runner, argv)
+    assert torch.equal(runner.theta(), runner.theta("calm"))
+    calm, broken = (json.loads(json.dumps(runner.summary(r))) for r in ("calm", "tiny"))
+    for summary in (calm, broken):
+        del summary["wall"]
+    assert broken == calm, "energy, emissions and loss as if nothing had happened"
+
+
+def test_a_run_can_be_killed_and_resumed_again_and_again(runner):
+    argv = runner.write({"a": {}}, budget={"tokens": 128 * 60})
+    assert runner.run([*argv, "run=calm"], ["a"]) == 0
+    for number in (2, 5):
+        head, workers = runner.begin(argv, ["a"])
+        until(committed(runner, number))
+        for process in (head, workers["a"]):
+            process.kill()
+            process.wait(10)
+    assert runner.run(argv, ["a"]) == 0, runner.said()
+    all_hold(runner, argv)
+    assert torch.equal(runner.theta(), runner.theta("calm"))
+    kept = [r["t_s"] for r in effective(runner.journal())]
+    assert kept == sorted(kept)
+
+
+def test_wall_clock_replays_a_shortened_trace_in_real_seconds(runner):
+    """One trace minute is four real seconds here: real starts, real stops, real downloads."""
+    sites = {name: {"tokens_per_s": 2000.0} for name in ("a", "b")}
+    windows = {"a": [CLEAN] * 4 + [DIRTY], "b": [DIRTY] * 2 + [CLEAN] * 5 + [DIRTY]}
+    argv = runner.write(sites, windows, step_s=4, clock={"mode": "wall", "max_hours": 32 / 3600}, budget={"tokens": 128 * 100_000},
+                        policy={"off_delay_s": 2}, carbon={"max_gap_s": 10},
+                        rounds={"train_s": 2, "sync_s": 0.5, "commit_every_s": 1.5})  # fmt: skip
+    started = time.monotonic()
+    head, workers = runner.begin(argv, ["a", "b"])
+    assert head.wait(100) == config.EXIT_BUDGET_LEFT, runner.said()
+    assert 31 < time.monotonic() - started < 60
+    assert [w.wait(20) for w in workers.values()] == [3, 3]
+    all_hold(runner, argv)
+    journal = runner.journal()
+    modes = {r["mode"] for r in journal if r["type"] == "open"}
+    assert modes == {"local", "federated"}
+    off = {r["site"]: r["t_s"] for r in journal if r["type"] == "site" and r["to"] == "off" and "MCI" in r["reason"]}
+    assert off["a"] == pytest.approx(18, abs=0.5) and off["b"] == pytest.approx(30, abs=0.5)
+    on = {r["site"]: r["t_s"] for r in journal if r["type"] == "site" and r["to"] == "provisioning"}
+    assert on["b"] == pytest.approx(8, abs=0.5)
+    rows = carbon.read_intervals(str(runner.run_dir / "intervals.csv"))
+    for site, stop in off.items():
+        assert max(r.end_s for r in rows if r.site == site and r.state == "training") <= stop + 1.0
+    assert runner.summary()["tokens"] > 0 and "tokens left" in runner.said()
+
+
+@pytest.mark.slow
+def test_wall_clock_resumes_from_the_last_commit(runner):
+    argv = runner.write({"a": {"tokens_per_s": 2000.0}}, clock={"mode": "wall"}, budget={"tokens": 128 * 4000},
+                        rounds={"commit_every_s": 1, "train_s": 2, "sync_s": 0.2})  # fmt: skip
+    head, workers = runner.begin(argv, ["a"])
+    until(committed(runner, 3))
+    for process in (head, workers["a"]):
+        process.kill()
+        process.wait(10)
+    before = len([r for r in runner.journal() if r["type"] == "commit"])
+    assert runner.run(argv, ["a"], timeout=200) == 0, runner.said() + runner.said("a")
+    all_hold(runner, argv)
+    commits = [r for r in runner.journal() if r["type"] == "commit"]
+    assert len(commits) > before and sum(c["tokens"] for c in commits) == 128 * 4000
+
+
+# -- who is let in ----------------------------------------------------------------------------------------------------
+
+
+def test_strangers_are_refused_with_both_values_and_disturb_nobody(runner):
+    """Another config, another corpus, an unknown name, a wrong key, junk: the run goes on to the same end."""
+    argv = runner.write({"a": {}}, budget={"tokens": 128 * 80})
+    assert runner.run([*argv, "run=calm"], ["a"]) == 0
+    head = runner.start("coordinator.py", *argv, log="coordinator")
+    until(lambda: (runner.run_dir / "address").exists())
+    digest = config.train_digest(runner.load(argv))
+
+    other_config = runner.call("train.py", *argv, "site=a", "optim.matrix_lr=0.5")
+    assert other_config.returncode == 2 and digest in other_config.stderr
+    assert config.train_digest(runner.load([*argv, "optim.matrix_lr=0.5"])) in other_config.stderr
+
+    folder = runner.folder / "other"
+    folder.mkdir()
+    for path in runner.corpus.iterdir():
+        (folder / path.name).write_text(path.read_text().upper())
+    twin = runner.load([*argv, f"data.source={folder}"])
+    assert config.train_digest(twin) != digest
+    # Same source name in the digest, other text in it: what a changed or half-copied corpus looks like.
+    other_corpus = runner.call("train.py", *argv, "site=a", f"data.dir={changed_corpus(runner)}")
+    assert other_corpus.returncode == 2 and "corpus digest" in other_corpus.stderr
+
+    unknown = runner.call("train.py", *argv, "site=mars")
+    assert unknown.returncode == 2 and "mars" in unknown.stderr and "sites: a" in unknown.stderr
+
+    keys = runner.run_dir / "keys"
+    own = (keys / "a.key_secret").read_bytes()
+    stranger = runner.call("coordinator.py", "keys", *argv, "run=stranger")
+    assert stranger.returncode == 0
+    (keys / "a.key_secret").write_bytes((runner.folder / "runs" / "stranger" / "keys" / "a.key_secret").read_bytes())
+    wrong_key = runner.call("train.py", *argv, "site=a", "rounds.rejoin_wait_s=60", timeout=60)
+    (keys / "a.key_secret").write_bytes(own)
+    assert wrong_key.returncode == 2 and "does not accept our key" in wrong_key.stderr
+
+    host, port = (runner.run_dir / "address").read_text().strip().split(":")
+    for junk in (b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(5000)):
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall(junk)
+
+    site = runner.start("train.py", *argv, "site=a", log="a")
+    assert head.wait(90) == 0, runner.said()
+    assert site.wait(20) == 0
+    assert torch.equal(runner.theta(), runner.theta("calm"))
+    assert "refused a" in runner.said() and "unknown key" in runner.said()
+    for secret in keys.glob("*.key_secret"):
+        assert secret.stat().st_mode & 0o77 == 0, f"{secret} is readable by others"
+
+
+def changed_corpus(runner):
+    """A data folder whose shards of the same source hold other text."""
+    import shutil
+
+    import data
+
+    cfg = runner.load([str(runner.folder / "config.yaml")])
+    twin = runner.folder / "data2"
+    shutil.copytree(runner.data_dir, twin)
+    meta = twin / data.corpus_dir(cfg).name / "tokens-bytes" / "meta.json"
+    facts = json.loads(meta.read_text())
+    facts["corpus_digest"] = "0123456789abcdef"
+    meta.write_text(json.dumps(facts))
+    return twin
+
+
+def test_a_second_process_of_a_site_is_refused_while_the_first_lives(runner):
+    argv = runner.write({"a": {}}, budget={"tokens": 128 * 4000})
+    head, workers = runner.begin(argv, ["a"])
+    until(committed(runner, 1))
+    second = runner.call("train.py", *argv, "site=a")
+    assert second.returncode == 2 and "already connected; stop the other process" in second.stderr
+    assert workers["a"].poll() is None and head.poll() is None, "the first one never noticed"
+
+
+# -- bad input: one line, exit code 2, nothing left ---------------------------------------------------------------------
+
+BAD = {
+    "unknown key": (["rounds.trian_s=5"], "trian_s"),
+    "wrong type": (["seed=one"], "seed"),
+    "unknown site": (["sites.mars.region=X"], "mars"),
+    "unknown choice": (["rounds.outer=adam"], "none, nesterov"),
+    "missing trace": (["carbon.trace=nowhere.csv"], "nowhere.csv does not exist"),
+    "unknown region": (["sites.a.region=ATLANTIS"], "no column 'ATLANTIS'"),
+    "no window": (["policy.on_below_g_per_kwh=10"], "policy.on_below_g_per_kwh=10: no window"),
+    "budget does not divide": (["budget.tokens=1000"], "multiple of data.tokens_per_step=128; nearest: 1024"),
+    "live signals": (["clock.start=now"], "needs live signals"),
+    "start outside the trace": (["clock.start=2020-01-01T00:00:00Z"], "outside"),
+    "ring across hosts": (["sync.host=10.1.2.3"], "sync.trusted_network=true"),
+    "ranks": (["sites.a.ranks=3"], "must divide the 4 rows"),
+    "heads": (["model.heads=3"], "model.heads=3"),
+    "source": (["data.source=nowhere"], "neither `stdlib` nor a folder"),
+    "not key=value": (["fresh"], "key=value"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(runner, name):
+    changes, message = BAD[name]
+    argv = runner.write({"a": {}})
+    script = "simulate.py" if name in ("missing trace", "unknown region", "no window") else "coordinator.py"
+    result = runner.call(script, *argv, *changes)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not runner.journal()
+
+
+def test_a_config_that_is_missing_or_broken(runner):
+    (runner.folder / "broken.yaml").write_text("run: [unclosed\n")
+    for argv, message in (([], "no config"), (["nowhere.yaml"], "does not exist"), (["broken.yaml"], "broken.yaml")):
+        result = runner.call("simulate.py", *argv)
+        assert result.returncode == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_port_in_use_folder_in_use_other_config_and_finished_are_refused(runner):
+    argv = runner.write({"a": {}}, budget={"tokens": 128 * 12})
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = runner.call("coordinator.py", *argv, f"sync.port={port}")
+        assert result.returncode == 2 and f"sync.port={port}" in result.stderr
+    head = runner.start("coordinator.py", *argv, "fresh=true", log="coordinator")
+    until(lambda: (runner.run_dir / "address").exists() and runner.journal())
+    twice = runner.call("coordinator.py", *argv)
+    assert twice.returncode == 2 and "in use by another coordinator" in twice.stderr
+    site = runner.start("train.py", *argv, "site=a", log="a")
+    assert head.wait(60) == 0 and site.wait(20) == 0
+    other = runner.call("coordinator.py", *argv, "seed=2")
+    assert other.returncode == 2 and "config_digest" in other.stderr
+    done = runner.call("coordinator.py", *argv)
+    assert done.returncode == 2 and "is finished" in done.stderr and "fresh=true" in done.stderr
+
+
+def test_a_non_finite_loss_names_site_and_step_and_nothing_of_it_is_committed(runner):
+    argv = runner.write(PAIR, budget={"tokens": 128 * 40})
+    code = runner.run([*argv, "optim.embedding_lr=1e25", "optim.matrix_lr=1e25"], ["a", "b"])
+    assert code == 2, runner.said()
+    last = runner.said().strip().splitlines()[-1]
+    assert "non-finite loss at" in last and "step" in last and "matrix_lr" in last
+    assert not [r for r in runner.journal() if r["type"] == "commit"]
+
+
+def test_ctrl_c_on_the_launcher_leaves_no_process_and_a_resumable_run(runner):
+    argv = runner.write(PAIR, budget={"tokens": 128 * 3000})
+    launch = runner.start("launch.py", *argv, log="launch")
+    until(committed(runner, 2))
+    launch.send_signal(signal.SIGINT)
+    assert launch.wait(40) == 130
+    until(lambda: not processes_in(runner.folder), 10)
+    assert runner.journal()[-1]["type"] == "end" and runner.journal()[-1]["reason"] == "interrupted"
+    assert runner.summary()["tokens"] > 0
+    all_hold(runner, argv)
+
+
+def test_killing_the_launcher_outright_leaves_no_process_either(runner):
+    argv = runner.write(PAIR, budget={"tokens": 128 * 3000})
+    launch = runner.start("launch.py", *argv, log="launch")
+    until(committed(runner, 1))
+    launch.kill()
+    launch.wait(5)
+    until(lambda: not processes_in(runner.folder), 40)
+
+
+def test_launch_runs_a_whole_day_draws_the_figure_and_ends_in_a_table(runner):
+    argv = runner.write(PAIR, {"a": [CLEAN] * 6 + [DIRTY], "b": [DIRTY, CLEAN]}, budget={"tokens": 128 * 40})
+    result = runner.call("launch.py", *argv)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for word in ("window open", "federated", "validation", "kgCO2, ours is", "floor by the same hour", "goodput"):
+        assert word in result.stdout
+    assert (runner.run_dir / "figures" / "timeline.png").stat().st_size > 10_000
+    assert not processes_in(runner.folder)
+    check_ = runner.call("coordinator.py", "check", "runs/tiny")
+    assert check_.returncode == 0 and "BROKEN" not in check_.stdout
