@@ -576,6 +576,8 @@ class Run:
     def _site_off(self, t: float, site: str) -> None:
         """Off by the schedule. Someone with a part in a round stays, at idle power, until that is over."""
         now = self.now
+        if self.phase == "ended":
+            return  # `end` tells everyone; what is on the sites' disks stays, for an exact resume
         if self.phase == "train" and site in now.members:
             self.leaving.add(site)
             self._freeze(t)
