@@ -280,6 +280,9 @@ class Coordinator:
         if not self.hub.connected(site):
             self.run.holds.pop(site, None)
             self.run.fetching.discard(site)
+            if not any(map(self.hub.connected, self.cfg.sites)):
+                self.run.finish(t, f"no site has connected within rounds.rejoin_wait_s={wait_s:g} s", config.EXIT_FAILED)
+                return
             self.run.absent(t, site, f"no process within rounds.rejoin_wait_s={wait_s:g} s")
             return
         self._send_fetch(site, round_, own_disk)

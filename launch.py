@@ -39,9 +39,9 @@ def start(command: list[str], env: dict, **options) -> subprocess.Popen:
 
 
 def site_command(argv: list[str], name: str, ranks: int) -> list[str]:
-    """What a person would type for one site. A rendezvous port of 0 lets several torchruns share a machine."""
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1",
-            "--master_port=0", str(HERE / "train.py"), *argv, f"site={name}"]  # fmt: skip
+    """What a person would type for one site: torchrun --nproc_per_node=N train.py CONFIG site=NAME."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+            str(HERE / "train.py"), *argv, f"site={name}"]  # fmt: skip
 
 
 def stop(children: dict[str, subprocess.Popen], number: int) -> None:

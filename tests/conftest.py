@@ -85,7 +85,8 @@ class Runner:
     def start(self, script: str, *argv: str, log: str | None = None) -> subprocess.Popen:
         name = log or f"{script}-{len(self.processes)}"
         out = open(self.folder / f"{name}.log", "w")
-        process = subprocess.Popen([sys.executable, str(REPO / script), *argv], cwd=self.folder, env=self.env, stdout=out,
+        program = ["-m", "torch.distributed.run"] if script == "torchrun" else [str(REPO / script)]
+        process = subprocess.Popen([sys.executable, *program, *argv], cwd=self.folder, env=self.env, stdout=out,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         process.log = self.folder / f"{name}.log"
         self.processes.append(process)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed.run
 from conftest import CLEAN, DIRTY, REPO
 from reference import train
 
@@ -115,7 +114,7 @@ def test_three_sites_in_a_ring_equal_the_reference_within_1e_6(runner):
 def test_two_ranks_a_site_train_the_same_model(runner):
     argv = runner.write({"a": {"ranks": 2}}, budget={"tokens": 128 * 6})
     head = runner.start("coordinator.py", *argv, log="coordinator")
-    runner.start(torch.distributed.run.__file__, "--nproc_per_node=2", "--master_port=0", str(REPO / "train.py"), *argv, "site=a", log="a")
+    runner.start("torchrun", "--nproc_per_node=2", str(REPO / "train.py"), *argv, "site=a", log="a")
     assert head.wait(120) == 0, runner.said() + runner.said("a")
     one = train(runner.load(argv), [
         {"t_s": 0.0, "type": "open", "round": 0, "rates": {"a": 1.0}},
