@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +318,7 @@ def start_unix(cfg: Config) -> int:
         raise BadInput(f"clock.start={cfg.clock.start!r} is not a time; write e.g. 2026-01-11T17:00:00Z") from None
     if moment.tzinfo is None:
         raise BadInput(f"clock.start={cfg.clock.start!r} names no zone; write e.g. {cfg.clock.start}Z")
-    return int(moment.astimezone(timezone.utc).timestamp())
+    return int(moment.astimezone(UTC).timestamp())
 
 
 def num_batches(cfg: Config) -> int:

@@ -14,17 +14,17 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.dates as mdates  # noqa: E402
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
+import matplotlib.dates as mdates
+import matplotlib.pyplot as plt
+import numpy as np
+from omegaconf import OmegaConf
 
-import carbon  # noqa: E402
-import config  # noqa: E402
-import report  # noqa: E402
-from config import BadInput  # noqa: E402
-from journal import effective  # noqa: E402
-from journal import read as read_journal  # noqa: E402
+import carbon
+import config
+import report
+from config import BadInput
+from journal import effective
+from journal import read as read_journal
 
 INK = "#22313f"
 COLORS = ["#d1495b", "#2e86ab", "#e39b2d", "#5b8c5a", "#7d5ba6", "#6b705c"]
@@ -112,7 +112,8 @@ def timeline(run: dict):
         for group in runs_of(trained):
             part = [s for s in steps if group[0] <= s["t_s"] <= group[1] + 1e-3]
             panel.plot([moment(start + s["t_s"]) for s in part], [s["loss"] for s in part], color=color, lw=1.3, marker=".", ms=2.5)
-            panel.plot([moment(start + group[0]), moment(start + group[1])], [low - 0.12 * (high - low)] * 2, color=color, lw=3.5, solid_capstyle="butt")
+            bar = low - 0.12 * (high - low)
+            panel.plot([moment(start + t) for t in group], [bar, bar], color=color, lw=3.5, solid_capstyle="butt")
         panel.set_ylim(low - 0.2 * (high - low), high + 0.08 * (high - low))
         hours = sum(r.end_s - r.start_s for r in trained) / 3600
         left = np.mean([s["t_s"] for s in steps] or [end_s]) > end_s / 2  # the label goes where the site did not train

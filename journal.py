@@ -10,10 +10,11 @@ Also here: reading a journal back (`effective` leaves out what a resume took bac
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 from config import BadInput
-from rounds import Ledger
+from ledger import Ledger
 
 # What differs between a live run and its replay from decisions alone.
 MEASURED = ("n", "wall", "digest", "digest_theta", "digest_m")
@@ -82,6 +83,48 @@ def effective(records: list[dict]) -> list[dict]:
 def decision(record: dict) -> str:
     """A record without what was measured: equal for the live run, the virtual run and the simulator."""
     return json.dumps({k: v for k, v in record.items() if k not in MEASURED}, sort_keys=True)
+
+
+class Replay:
+    """The decisions a resumed run on the virtual clock must repeat, up to the state it starts from, before it goes live.
+
+    held: effective records; start: the round whose start state is stored. Decisions follow from config and trace alone,
+    so a record that does not come again means that one of them, or the code, has changed.
+    """
+
+    def __init__(self, held: list[dict], start: int):
+        self.start = start
+        self.set_aside: list[dict] = []  # the stored round's own `open`, if it was decided before it was stored
+        end = next((i for i, r in enumerate(held) if r["type"] == "store" and r["round"] == start), 0)
+        known = [r for r in held[1 : end + 1] if r["type"] != "eval" and not self._reopens(r)]
+        self._left = Counter(map(decision, known))
+        self._absent = {(r["t_s"], r["site"]): r["action"].removeprefix("left out: ") for r in known if r.get("kind") == "absent"}
+
+    def _reopens(self, record: dict) -> bool:
+        return record["type"] == "open" and record["round"] == self.start
+
+    @property
+    def done(self) -> bool:
+        return not self._left
+
+    def absent(self, t: float, site: str, run) -> bool:
+        """Repeat that no process answered for a site, if none did at this moment."""
+        why = self._absent.get((round(t, 3), site))
+        if why:
+            run.absent(t, site, why)
+        return bool(why)
+
+    def verify(self, records: list[dict]) -> None:
+        for record in records:
+            if self._reopens(record):
+                self.set_aside.append(record)
+                continue
+            key = decision(record)
+            if not self._left[key]:
+                raise BadInput(f"the journal does not follow from this config and trace at t_s={record['t_s']} ({record['type']}); "
+                               "the trace file or the code has changed: take run=NEW or fresh=true")  # fmt: skip
+            self._left[key] -= 1
+            self._left += Counter()  # drops what is used up
 
 
 def check(records: list[dict], num_batches: int) -> list[tuple[bool, str]]:

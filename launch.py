@@ -115,7 +115,8 @@ def main(argv: list[str]) -> int:
         signal.signal(number, _stop)
     screen = None
     try:
-        head = children["coordinator"] = start([sys.executable, str(HERE / "coordinator.py"), *argv], env, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, str(HERE / "coordinator.py"), *argv]
+        head = children["coordinator"] = start(command, env, stdout=subprocess.PIPE, text=True)
         first = head.stdout.readline()  # the coordinator has taken the folder and cleared it, or has refused
         if first:
             (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ def _follow(head: subprocess.Popen, children: dict[str, subprocess.Popen], scree
     screen.show(first.rstrip("\n"))
     for line in head.stdout:
         line = line.rstrip("\n")
-        if table or line.startswith("run ") and ": " in line and line != first.rstrip("\n"):
+        if table or (line.startswith("run ") and ": " in line and line != first.rstrip("\n")):
             table.append(line)  # the final table
         screen.show(line)
     screen.close(table)

@@ -14,6 +14,7 @@ import carbon
 import config
 from journal import effective
 from journal import read as read_journal
+from ledger import count
 
 EMA = 0.99  # of the train loss, without bias correction: the paper's smoothed perplexity
 
@@ -63,7 +64,8 @@ def describe(record: dict, cfg, run) -> str | None:
         done = 100 * run.committed_tokens / cfg.budget.tokens
         return f"{'commit':15} | {at} round {record['round']}: {record['tokens']:,} tokens, {done:.1f} % of the budget"
     if kind == "eval":
-        return f"{'validation':15} | {at} round {record['round']}: loss {record['val_loss']:.4f} nats/token, {record['val_bpb']:.4f} bits/byte"
+        measured = f"loss {record['val_loss']:.4f} nats/token, {record['val_bpb']:.4f} bits/byte"
+        return f"{'validation':15} | {at} round {record['round']}: {measured}"
     if kind == "fault":
         return f"{record['site']:15} | {at} FAULT {record['kind']}: {record['action']}"
     if kind in ("cancel", "rollback", "end"):
@@ -77,10 +79,12 @@ def step_line(cfg, site: str, p: dict, run, predicted_end_s: float) -> str:
     rate = sum(s.tokens_per_s for n, s in cfg.sites.items() if run.now and n in run.now.members) or cfg.sites[site].tokens_per_s
     train_h = (cfg.budget.tokens - min(p["step"] * cfg.data.tokens_per_step, cfg.budget.tokens)) / rate / 3600
     wall_h = max(0.0, predicted_end_s - p["t_s"]) / 3600
-    mci = "   ?" if p["mci"] is None else f"{p['mci']:4.0f}"
-    return (f"{site:15} | {clock(cfg, p['t_s'])} {p['mode']:9} MCI {mci}  round {p['round']:3d}  step {p['step']:5d}/{num_steps} "
-            f"({100 * p['step'] / num_steps:4.1f} %)  loss {p['loss']:.3f}  tok/s {p['tok_per_s']:8,.0f}  "
-            f"{p['energy_kwh']:6.2f} kWh  {1000 * p['emissions_kg']:6.0f} gCO2  eta {train_h:4.1f} h train / {wall_h:4.1f} h wall")  # fmt: skip
+    mci = "   ?" if p["mci_g_per_kwh"] is None else f"{p['mci_g_per_kwh']:4.0f}"
+    return (
+        f"{site:15} | {clock(cfg, p['t_s'])} {p['mode']:9} MCI {mci}  round {p['round']:3d}  step {p['step']:5d}/{num_steps} "
+        f"({100 * p['step'] / num_steps:4.1f} %)  loss {p['loss']:.3f}  tok/s {p['tok_per_s']:8,.0f}  {p['energy_kwh']:6.2f} kWh  "
+        f"{1000 * p['emissions_kg']:6.0f} gCO2  eta {train_h:4.1f} h train / {wall_h:4.1f} h wall"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,19 +128,19 @@ class Panel:
                 "site/mode": mode, "site/power_kw": record["power_kw"], "energy/kwh": record["energy_kwh"],
             })  # fmt: skip
 
-    def log(self, record: dict, coordinator) -> None:
+    def log(self, record: dict, run, traces) -> None:
         """The coordinator's run: totals at each commit, validation when measured."""
         if not self.wandb or record["type"] not in ("commit", "eval"):
             return
-        run, cfg = coordinator.run, self.cfg
-        total = carbon.account(run.meter.closed(record["t_s"]), cfg, coordinator.traces)
+        cfg = self.cfg
+        total = carbon.account(run.meter.closed(record["t_s"]), cfg, traces)
         row = {"tokens": run.committed_tokens, "hours": record["t_s"] / 3600, "emissions/kg": total["emissions_kg"],
                "energy/kwh": total["energy_kwh"], "site/mode": run.mode}  # fmt: skip
         if record["type"] == "eval":
             row |= {"val/loss": record["val_loss"], "val/bpb": record["val_bpb"]}
         start = config.start_unix(cfg)
         for region in {s.region for s in cfg.sites.values()}:
-            row[f"carbon/{region}"] = coordinator.traces[region].at(start + record["t_s"])
+            row[f"carbon/{region}"] = traces[region].at(start + record["t_s"])
         self.wandb.log(row)
 
     def finish(self, summary: dict) -> None:
@@ -156,51 +160,52 @@ def read_lines(path: Path) -> list[dict]:
 def summarize(records: list[dict], rows: list[carbon.Interval], steps: list[dict], cfg, traces) -> dict:
     """The keys of summary.json from journal records, intervals and the logged steps of all sites."""
     held = effective(records)
-    commits = [r for r in held if r["type"] == "commit"]
-    per_site_steps: dict[str, int] = dict.fromkeys(cfg.sites, 0)
+    commits, evals = ([r for r in held if r["type"] == kind] for kind in ("commit", "eval"))
+    steps_of = dict.fromkeys(cfg.sites, 0)
     for commit in commits:
         for site, ranges in commit["batches"].items():
-            per_site_steps[site] += sum(b - a for a, b in ranges)
-    trained = [r for r in rows if r.state == "training"]
-    runtime_s = max((r.end_s for r in trained), default=0.0)
+            steps_of[site] += count(ranges)
+    wasted_tokens = sum(r.get("tokens", 0) for r in held if r["type"] == "cancel")
+    runtime_s = max((r.end_s for r in rows if r.state == "training"), default=0.0)
     until = [carbon.Interval(r.site, r.state, r.start_s, min(r.end_s, runtime_s)) for r in rows if r.start_s < runtime_s]
     spent, early = carbon.account(rows, cfg, traces), carbon.account(until, cfg, traces)
     tokens = sum(c["tokens"] for c in commits)
     train_h = sum(s["train_hours"] for s in spent["sites"].values())
-    up_h = sum(s["up_hours"] for s in early["sites"].values())
-    committed_h = {n: k * config.step_s(cfg, n) / 3600 for n, k in per_site_steps.items()}
-    if cfg.clock.mode == "wall":  # steps take what they take: credit training time by the share of steps committed
-        cancelled = sum(r.get("tokens", 0) for r in held if r["type"] == "cancel") / cfg.data.tokens_per_step
-        share = sum(per_site_steps.values()) / max(1.0, sum(per_site_steps.values()) + cancelled)
+    committed_h = {n: k * config.step_s(cfg, n) / 3600 for n, k in steps_of.items()}
+    if cfg.clock.mode == "wall":  # steps take what they take: credit training time by the share of tokens committed
+        share = tokens / max(1, tokens + wasted_tokens)
         committed_h = {n: spent["sites"][n]["train_hours"] * share for n in cfg.sites}
-    wasted = sum(r.get("tokens", 0) for r in held if r["type"] == "cancel")
     sites = {}
     for name, s in spent["sites"].items():
         starts, wasted_starts = count_starts(held, rows, name)
-        up = early["sites"][name]["up_hours"]
+        up_h = early["sites"][name]["up_hours"]
         sites[name] = {
-            "tokens": per_site_steps[name] * cfg.data.tokens_per_step, "steps": per_site_steps[name],
-            "train_site_hours": s["train_hours"], "up_site_hours": up, "goodput": committed_h[name] / up if up else None,
+            "tokens": steps_of[name] * cfg.data.tokens_per_step, "steps": steps_of[name],
+            "train_site_hours": s["train_hours"], "up_site_hours": up_h, "goodput": committed_h[name] / up_h if up_h else None,
             "energy_kwh": s["energy_kwh"], "emissions_kg": s["emissions_kg"], "curtailed_share": s["curtailed_share"],
             "starts": starts, "wasted_starts": wasted_starts, "kwh_by_state": s["kwh_by_state"], "kg_by_state": s["kg_by_state"],
         }  # fmt: skip
-    base, note = carbon.baselines(cfg, traces, tokens)
-    evals = [r for r in held if r["type"] == "eval"]
-    ppl = train_ppl_best(steps)
-    summary = {
-        "tokens": tokens, "steps": sum(per_site_steps.values()), "rounds": len(commits), "runtime_h": runtime_s / 3600,
+    up_h = sum(s["up_site_hours"] for s in sites.values())
+    baselines, note = carbon.baselines(cfg, traces, tokens)
+    return {
+        "tokens": tokens, "steps": sum(steps_of.values()), "rounds": len(commits), "runtime_h": runtime_s / 3600,
         "train_site_hours": train_h, "up_site_hours": up_h, "goodput": sum(committed_h.values()) / up_h if up_h else None,
         "energy_kwh": spent["energy_kwh"], "emissions_kg": spent["emissions_kg"], "curtailed_share": spent["curtailed_share"],
         "emissions_with_pue_kg": spent["emissions_kg"] * cfg.carbon.pue, "sites": sites,
         "starts": sum(s["starts"] for s in sites.values()), "wasted_starts": sum(s["wasted_starts"] for s in sites.values()),
-        "wasted_tokens": wasted, "baselines": base, "baselines_note": note,
-        "floor_kg": {"lp": carbon.floor_lp(cfg, traces, train_h, runtime_s), "with_starts": carbon.floor_with_starts(cfg, traces, train_h, runtime_s)},
+        "wasted_tokens": wasted_tokens, "baselines": baselines, "baselines_note": note,
+        "floor_kg": {
+            "lp": carbon.floor_lp(cfg, traces, train_h, runtime_s),
+            "with_starts": carbon.floor_with_starts(cfg, traces, train_h, runtime_s),
+        },
         "val_loss": evals[-1]["val_loss"] if evals else None, "val_bpb": evals[-1]["val_bpb"] if evals else None,
-        "train_ppl_best": ppl, "end": next((r["reason"] for r in reversed(held) if r["type"] == "end"), None),
-        "provenance": carbon.provenance(cfg) | {"rule": "exact", "span": [carbon.iso(config.start_unix(cfg)), carbon.iso(config.start_unix(cfg) + runtime_s)],
-                       "config_digest": config.train_digest(cfg), "schedule_digest": config.schedule_digest(cfg), "versions": config.versions()},
+        "train_ppl_best": train_ppl_best(steps),
+        "end": next((r["reason"] for r in reversed(held) if r["type"] == "end"), None),
+        "provenance": carbon.provenance(cfg) | {
+            "rule": "exact", "span": [carbon.iso(config.start_unix(cfg) + t) for t in (0.0, runtime_s)],
+            "config_digest": config.train_digest(cfg), "schedule_digest": config.schedule_digest(cfg), "versions": config.versions(),
+        },
     }  # fmt: skip
-    return summary
 
 
 def count_starts(held: list[dict], rows: list[carbon.Interval], site: str) -> tuple[int, int]:
@@ -240,10 +245,11 @@ def write_summary(run_dir: Path, cfg, traces) -> dict:
     summary = summarize(records, rows, steps, cfg, traces)
     stalls = [r["wall"]["stall_s"] for r in steps if "stall_s" in r["wall"]]
     times = [r["wall"]["unix"] for r in steps]
+    p50, p95 = np.percentile(stalls, [50, 95]) if stalls else (None, None)
     summary["wall"] = {
-        "sync_stall_s": {"p50": float(np.percentile(stalls, 50)), "p95": float(np.percentile(stalls, 95)), "n": len(stalls)} if stalls else None,
+        "sync_stall_s": {"p50": float(p50), "p95": float(p95), "n": len(stalls)} if stalls else None,
         "train_span_s": max(times) - min(times) if times else None,
-    }  # fmt: skip
+    }
     path = run_dir / "summary.json"
     path.with_suffix(".tmp").write_text(json.dumps(summary, indent=1))
     path.with_suffix(".tmp").replace(path)
@@ -263,7 +269,8 @@ def table(summary: dict, cfg) -> str:
     lines = ["", f"run {cfg.run}: {s['end']}"]
     lines.append(row("tokens", f"{s['tokens']:,} in {s['steps']:,} steps, {s['rounds']} rounds"))
     lines.append(row("validation", f"{number(s['val_loss'], '.4f')} nats/token, {number(s['val_bpb'], '.4f')} bits/byte"))
-    lines.append(row("time", f"{s['runtime_h']:.2f} h, {s['train_site_hours']:.2f} training site-hours, goodput {number(s['goodput'], '.3f')}"))
+    hours = f"{s['runtime_h']:.2f} h, {s['train_site_hours']:.2f} training site-hours"
+    lines.append(row("time", f"{hours}, goodput {number(s['goodput'], '.3f')}"))
     lines.append(row("energy", f"{s['energy_kwh']:.2f} kWh, {100 * (s['curtailed_share'] or 0):.1f} % inside windows"))
     lines.append(row("emissions", f"{s['emissions_kg']:.3f} kgCO2"))
     for region, kg in (s["baselines"] or {}).items():
@@ -272,7 +279,9 @@ def table(summary: dict, cfg) -> str:
     if s["baselines_note"]:
         lines.append(row("  baselines", f"none: {s['baselines_note']}"))
     floor = s["floor_kg"]
-    lines.append(row("  floor by the same hour", f"{number(floor['lp'], '.3f')} kgCO2, {number(floor['with_starts'], '.3f')} with start costs"))
+    lines.append(
+        row("  floor by the same hour", f"{number(floor['lp'], '.3f')} kgCO2, {number(floor['with_starts'], '.3f')} with start costs")
+    )
     lines.append(row("starts", f"{s['starts']}, of which {s['wasted_starts']} wasted; {s['wasted_tokens']:,} tokens wasted"))
     stall = (s.get("wall") or {}).get("sync_stall_s")
     if stall:

@@ -22,6 +22,7 @@ arrive at once and the machine waits until they are due. False (wall clock): rep
 from dataclasses import dataclass, field
 
 from carbon import Meter
+from ledger import Ledger, Ranges, count, split
 from scheduler import INFINITY, Move, Schedule
 
 ROUND_OFF = 1e-6  # seconds; a step that ends this close to a deadline fits
@@ -63,61 +64,6 @@ class Action:
     kind: str
     site: str | None = None
     data: dict = field(default_factory=dict)
-
-
-Ranges = list[list[int]]  # half-open [a, b) ranges of batch ids
-
-
-def count(ranges: Ranges) -> int:
-    return sum(b - a for a, b in ranges)
-
-
-def split(ranges: Ranges, n: int) -> tuple[Ranges, Ranges]:
-    """The first n ids, and the rest."""
-    head, tail = [], []
-    for a, b in ranges:
-        k = min(b - a, n)
-        n -= k
-        head += [[a, a + k]] if k else []
-        tail += [[a + k, b]] if a + k < b else []
-    return head, tail
-
-
-class Ledger:
-    """Which batches are free, leased, committed. A batch is in exactly one of the three."""
-
-    def __init__(self, num_batches: int):
-        self.num_batches = num_batches
-        self.free: Ranges = [[0, num_batches]] if num_batches else []
-        self.num_committed = 0
-
-    def lease(self, n: int) -> Ranges:
-        """The n lowest free ids (fewer when fewer are left)."""
-        taken, self.free = split(self.free, n)
-        return taken
-
-    def give_back(self, ranges: Ranges) -> None:
-        merged: Ranges = []
-        for a, b in sorted(self.free + ranges):
-            assert not merged or a >= merged[-1][1], f"batch {a} returned twice"
-            if merged and merged[-1][1] == a:
-                merged[-1][1] = b
-            else:
-                merged.append([a, b])
-        self.free = merged
-
-    def commit(self, ranges: Ranges) -> None:
-        """Leased batches become part of the model for good."""
-        self.num_committed += count(ranges)
-        assert self.num_committed + count(self.free) <= self.num_batches
-
-    def replay(self, ranges: Ranges) -> None:
-        """Commit batches read back from a journal: take these very ids out of the free ones."""
-        for a, b in ranges:
-            before = count(self.free)
-            self.free = [part for x, y in self.free for part in ([x, min(y, a)], [max(x, b), y]) if part[0] < part[1]]
-            assert before - count(self.free) == b - a, f"batches [{a}, {b}) committed twice"
-        self.num_committed += count(ranges)
 
 
 @dataclass
@@ -516,9 +462,8 @@ class Run:
             self._open_next(t)
         if self.phase == "handover" and number == self.round and not self.facts.timed:
             self._hand_over(t)
-        elif self.schedule.sites[site].state == "on" and self.phase == "train" and not self.facts.timed:
-            if number != self.round and self.stored == self.round:
-                self._actions.append(Action("fetch", site, {"round": self.round}))
+        elif self.phase == "train" and not self.facts.timed and number < self.stored == self.round:
+            self._actions.append(Action("fetch", site, {"round": self.round}))  # rounds went by: take part in this one
         self._set_power(t)
 
     def evaluated(self, t: float, number: int, val_loss: float | None, val_bpb: float | None) -> None:

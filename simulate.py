@@ -26,7 +26,6 @@ def new_run(cfg, traces: dict[str, Trace]) -> tuple[Run, "Samples"]:
     return Run(facts_of(cfg, end_s), schedule, Meter(list(sites))), Samples(by_site, start)
 
 
-
 class Samples:
     """What the sites' grids report, in time order, as seconds since clock.start. Ends with unknown."""
 

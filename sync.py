@@ -64,9 +64,9 @@ class Flat:
 # Averaging
 
 
-def chunks(numel: int, chunk_mb: int) -> list[tuple[int, int]]:
+def chunks(numel: int, chunk_mb: float) -> list[tuple[int, int]]:
     """[start, stop) element ranges of at most chunk_mb MiB of fp32."""
-    size = max(1, chunk_mb * (1 << 20) // 4)
+    size = max(1, int(chunk_mb * (1 << 20)) // 4)
     return [(a, min(a + size, numel)) for a in range(0, numel, size)]
 
 
@@ -75,7 +75,7 @@ def weighted_delta(theta: Tensor, theta_i: Tensor, weight: float, out: Tensor) -
     return torch.sub(theta, theta_i, out=out).mul_(torch.tensor(weight, dtype=torch.float32))
 
 
-def average(theta: Tensor, theta_i: Tensor | None, weight: float, reduce_chunk, chunk_mb: int, out: Tensor) -> str:
+def average(theta: Tensor, theta_i: Tensor | None, weight: float, reduce_chunk, chunk_mb: float, out: Tensor) -> str:
     """The members' weighted average pseudo-gradient into `out` (numel,); returns its digest.
 
     theta_i: None for a joiner. reduce_chunk(index, chunk) turns a member's chunk into the sum over members, in place.
@@ -147,7 +147,7 @@ def chunk_hash(part: Tensor) -> bytes:
     return hashlib.sha256(raw(part)).digest()
 
 
-def digest(flat: Tensor, chunk_mb: int) -> str:
+def digest(flat: Tensor, chunk_mb: float) -> str:
     """SHA-256 over the SHA-256 of each chunk."""
     total = hashlib.sha256()
     for a, b in chunks(flat.numel(), chunk_mb):

@@ -9,7 +9,8 @@ train a round, to average it with others, to drop everything. Read `main` first:
     freeze()      hold still, report tokens and finiteness          agree()       average, vote, commit, outer step
 
 Several ranks (torchrun --nproc_per_node=N) share a batch by rows; rank 0 speaks for the site and tells the others.
-What listens: torchrun's own store (see README); this file only connects outwards, gloo binds sync.interface.
+What we hold (theta, inner state, files) is replica.py's, the socket channel.py's. What listens: torchrun's own store
+(see README); this file only connects outwards, gloo binds sync.interface.
 """
 
 import ctypes
@@ -19,15 +20,13 @@ import os
 import queue
 import signal
 import sys
-import threading
 import time
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+import torch.nn.functional as F
 
 import config
 import report
@@ -36,10 +35,11 @@ from carbon import energy_kwh
 from channel import ChannelError, ChannelStore, Link
 from config import BadInput
 from data import Corpus
-from model import GPT, shape_of
-from optim import Inner, schedule
+from model import shape_of
+from optim import schedule
+from replica import Mismatch, Replica
 
-KEEP_INNER = 2
+REDUCE_TIMEOUT_S = 30.0
 
 
 class Over(Exception):
@@ -55,15 +55,15 @@ class Plan:
     """One round as this site sees it."""
 
     round: int
-    mode: str  # local | federated
+    mode: str  # local | federated | void: cancelled, or our numbers left the finite
     batches: list[int]  # leased batch ids, in order
-    committed_tokens: int  # before this round
-    rate_ratio: float  # all members' tokens/s over our own
-    open_s: float  # run time at the round's start
-    train_for_s: float
-    energy_kwh: float  # ours, up to the round's start
-    emissions_kg: float
-    signal: list  # [t_s, gCO2/kWh] from the round's start on
+    committed_tokens: int = 0  # before this round
+    rate_ratio: float = 1.0  # all members' tokens/s over our own
+    open_s: float = 0.0  # run time at the round's start
+    train_for_s: float = 0.0
+    energy_kwh: float = 0.0  # ours, up to the round's start
+    emissions_kg: float = 0.0
+    signal: list = ()  # [t_s, gCO2/kWh] from the round's start on
     started: float = 0.0  # monotonic
     steps: int | None = None  # virtual clock: train exactly so many
     done: int = 0
@@ -76,69 +76,67 @@ def main(argv: list[str]) -> int:
         raise BadInput(f"site= is missing; say which one this is: {', '.join(cfg.sites)}")
     site = Site(cfg)
     try:
-        while plan := site.next_round():  # blocks while our grid is not curtailed
+        while True:
+            plan = site.next_round()  # blocks while our grid is not curtailed
             while site.may_step(plan):  # until the round's end, our lease's end, or a word from the coordinator
                 batch_id = plan.batches[plan.done]
                 loss = site.inner_step(plan, batch_id)
                 plan.done += 1
                 site.log_step(plan, batch_id, loss)
-            site.freeze(plan)  # theta_i stays untouched until the commit
+            site.freeze(plan)  # theta stays untouched until the commit
             if plan.mode == "federated":
                 site.agree(plan)  # pseudo-gradients averaged, voted, committed; then the outer step
     except Over as over:
         return site.leave(str(over), over.code)
+    except Mismatch as error:
+        return site.leave(str(error), config.EXIT_FAILED)
     except BaseException as error:
         site.leave(f"{type(error).__name__}: {error}", config.EXIT_FAILED)
         raise
-    return site.leave("the run is over", config.EXIT_DONE)
 
 
 class Site:
     def __init__(self, cfg):
-        self.cfg, self.name = cfg, cfg.site
-        self.spec = cfg.sites[self.name]
+        self.cfg, self.name, self.spec = cfg, cfg.site, cfg.sites[cfg.site]
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.virtual = cfg.clock.mode == "virtual"
         self.corpus = Corpus(cfg)
         if self.corpus.rows % self.ranks:
             raise BadInput(f"--nproc_per_node={self.ranks} must divide the {self.corpus.rows} rows of a step")
         try:
-            self.shape = shape_of(cfg.model, self.corpus.vocab)
+            shape = shape_of(cfg.model, self.corpus.vocab)
         except ValueError as error:
             raise BadInput(str(error)) from None
-        self.device = torch.device(self.spec.device if ":" in self.spec.device or self.spec.device == "cpu"
-                                   else f"{self.spec.device}:{os.environ.get('LOCAL_RANK', 0)}")  # fmt: skip
-        self.virtual = cfg.clock.mode == "virtual"
-        self.dir = config.run_dir(cfg)
-        self.model: GPT | None = None
-        self.inner: Inner | None = None
-        self.round = -1  # whose start state theta and m are
-        self.background: list[threading.Thread] = []
-        self.frozen_at = 0.0  # monotonic
+        kind = self.spec.device
+        self.device = torch.device(kind if ":" in kind or kind == "cpu" else f"{kind}:{os.environ.get('LOCAL_RANK', 0)}")
+        self.frozen_at = 0.0  # monotonic; 0: no sync behind us
         self.excused_s = 0.0  # since then: evaluation, and waiting for slower members
         self.stall_s: float | None = None
         self.link: Link | None = None
-        self.panel = None
+        self.panel: report.Panel | None = None
         if self.ranks > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        run_id = self._join() if self.rank == 0 else ""
+        folder = config.run_dir(cfg) / "sites" / self.name
+        self.replica = Replica(cfg, shape, self.device, self.link, self.rank, self.ranks, folder, self._agree_on(run_id))
         if self.rank == 0:
-            self._join()
             signal.signal(signal.SIGTERM, _sigterm)
 
     # -- joining and leaving ------------------------------------------------------------------------------------------
 
-    def _join(self) -> None:
-        """Say hello until the coordinator welcomes or refuses us."""
+    def _join(self) -> str:
+        """Say hello until the coordinator welcomes us (returns the run's id) or refuses us (raises BadInput)."""
         cfg, started = self.cfg, time.monotonic()
         until = started + cfg.rounds.rejoin_wait_s
         hello = {"type": "hello", "site": self.name, "incarnation": uuid.uuid4().hex[:12],
                  "config digest": config.train_digest(cfg), "corpus digest": self.corpus.digest,
                  "tokenizer digest": self.corpus.tokenizer_digest, "versions": config.versions(),
                  "device": str(self.device), "ranks": self.ranks}  # fmt: skip
-        reason, busy = "nothing answers", False
+        reason, busy, keys = "nothing answers", False, config.run_dir(cfg) / "keys"
         while time.monotonic() < until:
             address = self._address()
             if address:
-                link = Link(address, self.dir / "keys", self.name, cfg.sync.heartbeat_s, cfg.sync.dead_s)
+                link = Link(address, keys, self.name, cfg.sync.heartbeat_s, cfg.sync.dead_s)
                 link.send(hello)
                 try:
                     header, _ = link.inbox.get(timeout=2.0)
@@ -146,32 +144,31 @@ class Site:
                     header = {"type": "silence"}
                 if header["type"] == "welcome":
                     link.welcomed = True
-                    self.link, self.run_id = link, header["run_id"]
-                    self.panel = report.Panel(cfg, self.run_id, self.name)
-                    return
+                    self.link, self.panel = link, report.Panel(cfg, header["run_id"], self.name)
+                    return header["run_id"]
                 link.close()
                 if header["type"] == "refused" and not header.get("busy"):
                     raise BadInput(f"site {self.name}: refused: {header['reason']}")
-                reason = header.get("reason", reason)
-                busy = busy or bool(header.get("busy"))
+                reason, busy = header.get("reason", reason), busy or bool(header.get("busy"))
                 if busy:  # our predecessor may have died without a word: it counts as gone after dead_s
                     until = min(until, started + 2 * cfg.sync.dead_s)
             time.sleep(0.3)
+        where = address or config.run_dir(cfg) / "address"
         remedy = "stop the other process" if busy else "start `python coordinator.py CONFIG` there"
-        raise BadInput(f"site {self.name}: no place in the run at {address or self.dir / 'address'} within "
-                       f"{time.monotonic() - started:.0f} s: {reason}; {remedy}")  # fmt: skip
+        raise BadInput(f"site {self.name}: no place in the run at {where} within {time.monotonic() - started:.0f} s: {reason}; {remedy}")
 
     def _address(self) -> str | None:
+        """Where the coordinator listens: the config says, or it wrote it into the run's folder beside our key."""
+        folder = config.run_dir(self.cfg)
         if self.cfg.sync.port:
             return f"{self.cfg.sync.host}:{self.cfg.sync.port}"
-        path = self.dir / "address"
-        keys = self.dir / "keys" / f"{self.name}.key_secret"
-        return path.read_text().strip() if path.exists() and keys.exists() else None
+        there = (folder / "address").exists() and (folder / "keys" / f"{self.name}.key_secret").exists()
+        return (folder / "address").read_text().strip() if there else None
 
     def leave(self, reason: str, code: int) -> int:
         """Say goodbye, close everything; returns the exit code."""
         if self.link:
-            self._finish_background()
+            self.replica.settle()
             self.link.send({"type": "bye", "reason": reason})
             self.link.close()
         if self.panel:
@@ -187,13 +184,12 @@ class Site:
     # -- being told ---------------------------------------------------------------------------------------------------
 
     def command(self, wait: bool = True) -> dict | None:
-        """The coordinator's next command, the same on all ranks; None if there is none and we do not wait."""
-        header = self._command(wait) if self.rank == 0 else None
-        if self.ranks > 1:
-            header = self._tell_ranks(header)
-        if header and header["type"] == "end":
-            raise Over(header["reason"], header["code"] if header["code"] != config.EXIT_BAD_INPUT else config.EXIT_FAILED)
-        return header
+        """The coordinator's next command, the same on all ranks; None if there is none and we do not wait.
+        Raises Over when the run ends or the coordinator has fallen silent."""
+        c = self._agree_on(self._command(wait) if self.rank == 0 else None)
+        if c and c["type"] == "end":
+            raise Over(c["reason"], config.EXIT_FAILED if c["code"] == config.EXIT_BAD_INPUT else c["code"])
+        return c
 
     def _command(self, wait: bool) -> dict | None:
         while True:
@@ -206,9 +202,11 @@ class Site:
                 if not wait:
                     return None
 
-    def _tell_ranks(self, header: dict | None) -> dict | None:
-        """Rank 0's header on every rank, as JSON bytes."""
-        data = json.dumps(header).encode() if self.rank == 0 else b""
+    def _agree_on(self, value):
+        """Rank 0's value on every rank of the site, as JSON bytes."""
+        if self.ranks == 1:
+            return value
+        data = json.dumps(value).encode() if self.rank == 0 else b""
         size = torch.tensor([len(data)], device=self.device)
         dist.broadcast(size, 0)
         blob = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
@@ -217,27 +215,41 @@ class Site:
         dist.broadcast(blob, 0)
         return json.loads(bytes(blob.cpu().numpy()))
 
-    def next_round(self) -> Plan | None:
+    def tell(self, **report_) -> None:
+        """A report to the coordinator, from rank 0."""
+        if self.rank == 0:
+            self.link.send(report_)
+
+    def next_round(self) -> Plan:
         """Follow the coordinator until it opens a round for us."""
         while True:
-            c = self.command()
+            c, held = self.command(), self.replica.round
             if c["type"] == "fetch":
                 self.fetch(c)
-            elif c["type"] == "open" and c["round"] == self.round:
+            elif c["type"] == "open" and c["round"] == held:
                 return self._plan(c)
-            elif c["type"] == "attempt" and c["round"] == self.round:
-                self.agree(Plan(self.round, "federated", [], 0, 1.0, 0.0, 0.0, 0.0, 0.0, []), c)  # a joiner, zero tokens
+            elif c["type"] == "attempt" and c["round"] == held:  # we joined during this round: zero tokens
+                self.agree(Plan(held, "federated", []), c)
             elif c["type"] == "drop":
-                self.drop()
-            elif c["type"] in ("commit", "evaluate") and c.get("eval", True):
+                self.replica.drop(self.spec.keep_disk)
+            elif c["type"] == "evaluate" or (c["type"] == "commit" and c["eval"] and c["round"] + 1 == held):
                 self.evaluate(c)
+
+    def fetch(self, c: dict) -> None:
+        fresh = self.replica.inner is None
+        kept = self.replica.fetch(c["round"], c["numel"], c["digest"], c["own_disk"])
+        if self.rank == 0 and fresh:
+            self.panel.rewind(c["rewind"])
+            if kept:
+                print(f"{self.name:15} | inner optimizer state of round {c['round']} found on own disk", flush=True)
+        self.tell(type="current", round=c["round"])
 
     def _plan(self, c: dict) -> Plan:
         if self.cfg.rounds.inner_state == "reset":
-            self.inner = Inner(self.model, self.cfg.optim)
+            self.replica.new_inner()
         torch.set_num_threads(self.spec.threads_local if c["mode"] == "local" else self.spec.threads_federated)
-        own = c["rates"][self.name]
-        ratio = sum(c["rates"].values()) / own if self.cfg.rounds.lr_position == "global" else 1.0
+        together = self.cfg.rounds.lr_position == "global"
+        ratio = sum(c["rates"].values()) / c["rates"][self.name] if together else 1.0
         batches = [b for first, last in c["leases"] for b in range(first, last)]
         return Plan(c["round"], c["mode"], batches, c["committed_tokens"], ratio, c["open_s"], c["train_for_s"],
                     c["energy_kwh"], c["emissions_kg"], c["signal"], started=time.monotonic())  # fmt: skip
@@ -245,151 +257,40 @@ class Site:
     def may_step(self, plan: Plan) -> bool:
         """Whether another step belongs to this round. Virtual clock: so many as we are told. Wall clock: until the
         round's time is over, the coordinator says freeze, or no batch is left."""
-        while self.virtual and plan.steps is None and not plan.stop:
-            self._in_round(plan, self.command())
-        while not self.virtual and not plan.stop and (c := self.command(wait=False)):
-            self._in_round(plan, c)
         if self.virtual:
+            while plan.steps is None and not plan.stop:
+                self._in_round(plan, self.command())
             return not plan.stop and plan.done < plan.steps
+        while not plan.stop and (c := self.command(wait=False)):
+            self._in_round(plan, c)
         late = self._agree_on(time.monotonic() - plan.started >= plan.train_for_s)
-        if plan.stop or late:
-            return False
-        if plan.done == len(plan.batches):
-            if self.rank == 0:
-                self.link.send({"type": "more", "round": plan.round})
+        if not plan.stop and not late and plan.done == len(plan.batches):
+            self.tell(type="more", round=plan.round)
             while plan.done == len(plan.batches) and not plan.stop:
                 self._in_round(plan, self.command())
-        return not plan.stop
-
-    def _agree_on(self, flag: bool) -> bool:
-        """Rank 0's view of a flag, on all ranks."""
-        if self.ranks == 1:
-            return flag
-        tensor = torch.tensor([int(flag)], device=self.device)
-        dist.broadcast(tensor, 0)
-        return bool(tensor.item())
+        return not plan.stop and not late
 
     def _in_round(self, plan: Plan, c: dict) -> None:
-        if c["type"] == "go" and c["round"] == plan.round:
+        ours = c.get("round") == plan.round
+        if c["type"] == "go" and ours:
             plan.steps, plan.signal = c["steps"], c["signal"]
-        elif c["type"] == "lease" and c["round"] == plan.round:
+        elif c["type"] == "lease" and ours:
             more = [b for first, last in c["ranges"] for b in range(first, last)]
             plan.batches += more
             plan.stop = plan.stop or not more
         elif c["type"] == "signal":
             plan.signal.append([c["t_s"], c["mci"]])
-        elif c["type"] in ("freeze", "cancel") and c["round"] == plan.round:
+        elif c["type"] == "freeze" and ours:
             plan.stop = True
-            if c["type"] == "cancel":
-                self._restore_theta()
-                plan.mode, plan.done = "cancelled", -1
-        elif c["type"] == "commit" and c.get("eval"):
-            self.evaluate(c)
+        elif c["type"] == "cancel" and ours:
+            self.replica.restore()
+            plan.stop, plan.mode = True, "void"
         elif c["type"] == "drop":
-            self.drop()
-            plan.stop, plan.mode, plan.done = True, "cancelled", -1
-
-    # -- state --------------------------------------------------------------------------------------------------------
-
-    def fetch(self, c: dict) -> None:
-        """Download theta and m of a round, build the model around them. Our own inner optimizer state of that very
-        round is used if it survived (a resume, or keep_disk), else it starts fresh."""
-        if self.model is None:
-            self.model = GPT(self.shape).to(self.device)
-            self.flat = sync.Flat(self.model)
-            n = self.flat.numel
-            self.theta, self.m, self.theta_i, self.mean = (torch.zeros(n) for _ in range(4))
-            self.inner = None
-        if self.flat.numel != c["numel"]:
-            raise Over(f"the model here has {self.flat.numel} parameters, the run's {c['numel']}", config.EXIT_FAILED)
-        self._finish_background()
-        if self.rank == 0:
-            for name, vector in (("theta", self.theta), ("m", self.m)):
-                for a, b in sync.chunks(vector.numel(), self.cfg.sync.chunk_mb):
-                    header, data = self.link.request({"type": "chunk", "round": c["round"], "name": name, "start": a, "stop": b})
-                    if not header["found"]:
-                        raise Over(f"the coordinator has no stored round {c['round']}", config.EXIT_FAILED)
-                    vector[a:b] = torch.frombuffer(bytearray(data), dtype=torch.float32)
-        self._share_state()
-        digest = sync.digest(self.theta, self.cfg.sync.chunk_mb)
-        if c["digest"] and digest != c["digest"]:
-            raise Over(f"round {c['round']} arrived with digest {digest[:12]}, the coordinator's is {c['digest'][:12]}", config.EXIT_FAILED)
-        self._restore_theta()
-        self.round, self.digest = c["round"], digest
-        if self.inner is None:
-            self.inner = Inner(self.model, self.cfg.optim)
-            kept = c["own_disk"] and self._load_inner()
-            if self.rank == 0:
-                self.panel.rewind(c["rewind"])
-                if kept:
-                    print(f"{self.name:15} | inner optimizer state of round {self.round} found on own disk", flush=True)
-        if self.rank == 0:
-            self.link.send({"type": "current", "round": self.round})
-
-    def _share_state(self) -> None:
-        """Rank 0's theta and m on all ranks of the site."""
-        if self.ranks > 1:
-            for vector in (self.theta, self.m):
-                there = vector.to(self.device)
-                dist.broadcast(there, 0)
-                vector.copy_(there)
-
-    def _restore_theta(self) -> None:
-        self.flat.write(self.theta, self.model)
-
-    def drop(self) -> None:
-        """Our grid's window has closed: what was on the machine is gone (but for keep_disk)."""
-        self._finish_background()
-        self.model = self.inner = None
-        self.theta = self.m = self.theta_i = self.mean = None
-        self.round = -1
-        if not self.spec.keep_disk:
-            for path in self._inner_files():
-                path.unlink()
-
-    def _inner_files(self) -> list[Path]:
-        return sorted((self.dir / "sites" / self.name).glob(f"inner-*-rank{self.rank}.safetensors"))
-
-    def _save_inner(self) -> None:
-        """Inner optimizer state of the round we now hold, on our own disk, so that a resume is exact."""
-        folder = self.dir / "sites" / self.name
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.detach().cpu().clone() for k, v in self.inner.tensors().items()}
-        tensors["rng"] = torch.get_rng_state()
-        about = {"run_id": self.run_id if self.rank == 0 else "", "round": str(self.round), "digest": self.digest}
-        path = folder / f"inner-{self.round:06d}-rank{self.rank}.safetensors"
-
-        def write():
-            sync.write_durably(path, lambda tmp: save_file(tensors, tmp, metadata=about))
-            for old in self._inner_files()[:-KEEP_INNER]:
-                old.unlink()
-
-        self._in_background(write)
-
-    def _load_inner(self) -> bool:
-        path = self.dir / "sites" / self.name / f"inner-{self.round:06d}-rank{self.rank}.safetensors"
-        if not path.exists():
-            return False
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata()
-        if about["digest"] != self.digest:
-            return False
-        tensors = load_file(path)
-        torch.set_rng_state(tensors.pop("rng"))
-        self.inner.load(tensors)
-        return True
-
-    def _in_background(self, work) -> None:
-        thread = threading.Thread(target=work, daemon=True)
-        self.background.append(thread)
-        thread.start()
-
-    def _finish_background(self) -> None:
-        for thread in self.background:
-            thread.join()
-        self.background.clear()
+            self.replica.drop(self.spec.keep_disk)
+            plan.stop, plan.mode = True, "void"
+        elif c["type"] == "commit" and c["eval"] and c["round"] + 1 == plan.round:
+            with self.replica.at_theta():  # our local round before this one: the model has moved on, theta has not
+                self.evaluate(c)
 
     # -- the inner step -----------------------------------------------------------------------------------------------
 
@@ -402,32 +303,30 @@ class Site:
         """One batch of tokens_per_step tokens over all ranks; returns its mean loss in nats per token."""
         if plan.done == 0 and self.frozen_at:
             self.stall_s = time.monotonic() - self.frozen_at - self.excused_s
-        cfg, rows = self.cfg, self.corpus.rows // self.ranks
-        self.inner.set(schedule(self.position(plan), cfg.budget.tokens, cfg.data.tokens_per_step, cfg.optim))
+        cfg, model, inner = self.cfg, self.replica.model, self.replica.inner
+        rows = self.corpus.rows // self.ranks
+        inner.set(schedule(self.position(plan), cfg.budget.tokens, cfg.data.tokens_per_step, cfg.optim))
         ids, targets = self.corpus.batch(batch_id, self.rank * rows, rows)
         total = 0.0
         for first in range(0, rows, self.spec.device_batch):
             part = slice(first, min(first + self.spec.device_batch, rows))
             x, y = ids[part].to(self.device), targets[part].to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.model.dtype == "bfloat16"):
-                loss = self.model(x, y) * (len(x) / rows)
+                loss = model(x, y) * (len(x) / rows)
             loss.backward()
             total += loss.item()
         if self.ranks > 1:
             total = self._mean_over_ranks(total)
-        self.inner.step()
-        self.inner.zero_grad()
-        if not math.isfinite(total):
-            raise_to = plan.done + 1
-            if self.rank == 0:
-                self.link.send({"type": "frozen", "round": plan.round, "steps": plan.done, "finite": False,
-                                "bad_step": raise_to, "train_s": 0.0})  # fmt: skip
+        inner.step()
+        inner.zero_grad()
+        if not math.isfinite(total):  # nothing of this round will be committed
+            self.tell(type="frozen", round=plan.round, steps=plan.done, finite=False, bad_step=plan.done + 1, train_s=0.0)
             plan.stop, plan.mode = True, "void"
         return total
 
     def _mean_over_ranks(self, loss: float) -> float:
         """Gradients and loss averaged over the site's ranks, in one buffer."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in self.replica.model.parameters()]
         buffer = torch.cat([g.reshape(-1) for g in grads] + [torch.tensor([loss], device=self.device)])
         dist.all_reduce(buffer)
         buffer /= self.ranks
@@ -442,105 +341,59 @@ class Site:
     def freeze(self, plan: Plan) -> None:
         """Hold still. Federated: report and wait in `agree`. Local: theta_i is the next theta; it travels to the
         coordinator while we train on, and counts once it is stored there."""
-        if plan.mode not in ("local", "federated"):
+        if plan.mode == "void":
             return
-        train_s = time.monotonic() - plan.started
-        self.flat.read(self.model, self.theta_i)
-        finite = bool(torch.isfinite(self.theta_i).all())
-        if self.rank == 0:
-            self.link.send({"type": "frozen", "round": plan.round, "steps": plan.done, "finite": finite,
-                            "bad_step": plan.done, "train_s": train_s})  # fmt: skip
+        train_s, finite = time.monotonic() - plan.started, self.replica.freeze()
+        self.tell(type="frozen", round=plan.round, steps=plan.done, finite=finite, bad_step=plan.done, train_s=train_s)
         self.frozen_at, self.excused_s = time.monotonic(), 0.0
-        if plan.mode == "local" and plan.done and finite:
+        if plan.mode == "local":
             self.frozen_at = 0.0  # nobody to wait for: not a sync
-            self._finish_background()
-            r = self.cfg.rounds
-            if r.local == "outer":
-                torch.sub(self.theta, self.theta_i, out=self.mean)
-                sync.outer_step_(self.theta, self.m, self.mean, r.outer, r.outer_lr, r.outer_momentum)
-                self._restore_theta()
-            else:
-                self.theta.copy_(self.theta_i)
-                self.m.zero_()
-            self._now_holds(plan.round + 1)
-            parts = {"theta": self.theta} | ({"m": self.m} if r.local == "outer" else {})
-            self._upload(parts)
-
-    def _now_holds(self, round_: int) -> None:
-        self.round = round_
-        self.digest = sync.digest(self.theta, self.cfg.sync.chunk_mb)
-        self._save_inner()
-
-    def _upload(self, parts: dict[str, torch.Tensor]) -> None:
-        """Send vectors of the state we now hold to the coordinator, in the background, chunk by chunk."""
-        if self.rank:
-            return
-        round_ = self.round
-
-        def send():
-            todo = [(n, v, a, b) for n, v in parts.items() for a, b in sync.chunks(v.numel(), self.cfg.sync.chunk_mb)]
-            for i, (name, vector, a, b) in enumerate(todo):
-                header = {"type": "upload", "round": round_, "name": name, "start": a, "stop": b, "last": i == len(todo) - 1}
-                try:
-                    self.link.request(header, bytes(sync.raw(vector[a:b])))
-                except ChannelError:
-                    return  # the coordinator is gone; `command` notices
-
-        self._in_background(send)
+            if plan.done and finite:
+                self.replica.upload(self.replica.take_own())
 
     def agree(self, plan: Plan, attempt: dict | None = None) -> None:
         """From FREEZE to COMMIT or CANCEL: average the pseudo-gradients, vote, apply what was committed."""
         while True:
             c, attempt = attempt or self.command(), None
-            if c["type"] == "attempt" and c["round"] == self.round:
-                self._finish_background()  # the buffers may still be on their way to the coordinator
+            ours = c.get("round") == plan.round
+            if c["type"] == "attempt" and ours:
                 self.excused_s += c["waited_s"]
                 if self.rank == 0:
                     self._reduce_and_vote(plan, c)
-            elif c["type"] == "commit" and c["round"] == self.round:
+            elif c["type"] == "commit" and ours:
                 self._apply(c)
                 return
-            elif c["type"] == "cancel" and c["round"] == self.round:
-                self._restore_theta()
+            elif c["type"] == "cancel" and ours:
+                self.replica.restore()
                 return
             elif c["type"] == "drop":
-                self.drop()
+                self.replica.drop(self.spec.keep_disk)
                 return
 
     def _reduce_and_vote(self, plan: Plan, c: dict) -> None:
-        s = self.cfg.sync
-        timeout_s = max(30.0, self.cfg.rounds.grace_s)
+        s, round_, number = self.cfg.sync, c["round"], c["attempt"]
         try:
             if s.topology == "star":
-                reduce_chunk = sync.star_reduce(self.link, self.round, c["attempt"], timeout_s)
+                reduce_chunk = sync.star_reduce(self.link, round_, number, REDUCE_TIMEOUT_S)
             else:
-                store = ChannelStore(self.link, f"{c['round']}/{c['attempt']}", timeout_s)
-                group = sync.ring_group(store, c["rank"], len(c["members"]), s.interface, timeout_s)
-                reduce_chunk = sync.ring_reduce(group)
-            theta_i = self.theta_i if plan.done else None
-            self.vote = sync.average(self.theta, theta_i, c["weight"], reduce_chunk, s.chunk_mb, self.mean)
+                store = ChannelStore(self.link, f"{round_}/{number}", REDUCE_TIMEOUT_S)
+                reduce_chunk = sync.ring_reduce(sync.ring_group(store, c["rank"], len(c["members"]), s.interface, REDUCE_TIMEOUT_S))
+            self.vote = self.replica.average(c["weight"], reduce_chunk, stepped=plan.done > 0)
         except (RuntimeError, ChannelError) as error:
-            reason = str(error).splitlines()[0]
-            self.link.send({"type": "failed", "round": c["round"], "attempt": c["attempt"], "reason": reason})
+            self.tell(type="failed", round=round_, attempt=number, reason=str(error).splitlines()[0])
             return
-        self.link.send({"type": "vote", "round": c["round"], "attempt": c["attempt"], "digest": self.vote})
+        self.tell(type="vote", round=round_, attempt=number, digest=self.vote)
 
     def _apply(self, c: dict) -> None:
-        """The outer step, the same bits at every member."""
+        """The outer step, only with what was committed."""
         if self.rank == 0 and c["digest"] != self.vote:
-            raise Over(f"round {c['round']} was committed with digest {c['digest'][:12]}, ours is {self.vote[:12]}", config.EXIT_FAILED)
-        r = self.cfg.rounds
-        if self.rank == 0:
-            sync.outer_step_(self.theta, self.m, self.mean, r.outer, r.outer_lr, r.outer_momentum)
-        self._share_state()
-        self._restore_theta()
+            raise Mismatch(f"round {c['round']} was committed with digest {c['digest'][:12]}, ours is {self.vote[:12]}")
+        self.replica.apply()
         if c["send"]:
-            self.round = c["round"] + 1
-            self._upload({"delta": self.mean})
-        self._now_holds(c["round"] + 1)
+            self.replica.upload({"delta": self.replica.mean})
         if self.rank == 0:
-            self.link.send({"type": "applied", "round": self.round, "digest_theta": self.digest,
-                            "digest_m": sync.digest(self.m, self.cfg.sync.chunk_mb)})  # fmt: skip
+            digest_m = sync.digest(self.replica.m, self.cfg.sync.chunk_mb)
+            self.tell(type="applied", round=self.replica.round, digest_theta=self.replica.digest, digest_m=digest_m)
         if c["eval"]:
             self.evaluate(c)
 
@@ -549,52 +402,42 @@ class Site:
     @torch.no_grad()
     def evaluate(self, c: dict) -> None:
         """Validation loss (nats per token) and bits per byte (separators left out) of the model we hold."""
-        began = time.monotonic()
-        last = c["type"] == "evaluate"
-        round_ = c["round"] if last else c["round"] + 1
+        began, last = time.monotonic(), c["type"] == "evaluate"
         tokens = self.cfg.data.val_tokens if last else self.cfg.eval.tokens
-        model, sizes = self.model, self.corpus.token_bytes
-        if self.round > round_ or model is None:
-            return
+        sizes = self.corpus.token_bytes
         nats = count = byte_nats = num_bytes = 0.0
         for ids, targets in self.corpus.validation(tokens, self.spec.device_batch):
-            logits = model(ids.to(self.device))
-            losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets.to(self.device).flatten(), reduction="none"
-            ).cpu().double()  # fmt: skip
+            logits = self.replica.model(ids.to(self.device))
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.to(self.device).flatten(), reduction="none").cpu().double()
             width = sizes[targets.flatten()]
             nats, count = nats + losses.sum().item(), count + losses.numel()
             byte_nats, num_bytes = byte_nats + losses[width > 0].sum().item(), num_bytes + width.sum().item()
         self.excused_s += time.monotonic() - began
-        if self.rank == 0:
-            report_ = {"val_loss": nats / count, "val_bpb": byte_nats / math.log(2) / num_bytes}
-            self.link.send({"type": "eval", "round": round_} | report_)
+        round_ = c["round"] if last else c["round"] + 1
+        self.tell(type="eval", round=round_, val_loss=nats / count, val_bpb=byte_nats / math.log(2) / num_bytes)
 
     def log_step(self, plan: Plan, batch_id: int, loss: float) -> None:
         """A round's first step and every log.every_steps: a line in SITE.jsonl and wandb, a word to the coordinator."""
         if self.rank or (plan.done > 1 and plan.done % self.cfg.log.every_steps):
             return
+        per_step, kw = self.cfg.data.tokens_per_step, self.spec.train_kw
         elapsed = time.monotonic() - plan.started
-        rate = plan.done * self.cfg.data.tokens_per_step / elapsed
+        rate = plan.done * per_step / elapsed
         trained_s = plan.done * config.step_s(self.cfg, self.name) if self.virtual else elapsed
-        t_s = plan.open_s + trained_s
-        position = self.position(plan)
-        lr = self.inner.muon.param_groups[0]["lr"]
-        emitted, mci = integrate(plan.signal, plan.open_s, t_s, self.spec.train_kw)
+        t_s, position = plan.open_s + trained_s, self.position(plan)
+        emitted_kg, mci = integrate(plan.signal, plan.open_s, t_s, kw)
+        wall = {"unix": round(time.time(), 3), "tok_per_s": round(rate, 1)}
+        if self.stall_s is not None:
+            wall["stall_s"], self.stall_s = round(self.stall_s, 4), None
         record = {
-            "t_s": round(t_s, 3), "round": plan.round, "step": round(position / self.cfg.data.tokens_per_step),
-            "batch": batch_id, "loss": loss, "lr": lr, "tokens": int(position),
+            "t_s": round(t_s, 3), "round": plan.round, "step": round(position / per_step), "batch": batch_id, "loss": loss,
+            "lr": self.replica.inner.muon.param_groups[0]["lr"], "tokens": int(position),
             "tok_per_s": self.spec.tokens_per_s if self.virtual else round(rate, 1), "state": "training",
-            "mci_g_per_kwh": mci, "power_kw": self.spec.train_kw,
-            "energy_kwh": plan.energy_kwh + energy_kwh(self.spec.train_kw, trained_s),
-            "emissions_kg": plan.emissions_kg + emitted,
-            "wall": {"unix": round(time.time(), 3), "tok_per_s": round(rate, 1)} | ({"stall_s": round(self.stall_s, 4)} if self.stall_s is not None else {}),
+            "mci_g_per_kwh": mci, "power_kw": kw, "energy_kwh": plan.energy_kwh + energy_kwh(kw, trained_s),
+            "emissions_kg": plan.emissions_kg + emitted_kg, "wall": wall,
         }  # fmt: skip
-        self.stall_s = None
         self.panel.step(record, plan.mode)
-        self.link.send({"type": "progress", "round": plan.round, "step": record["step"], "loss": loss, "mode": plan.mode,
-                        "tok_per_s": rate, "energy_kwh": record["energy_kwh"], "emissions_kg": record["emissions_kg"],
-                        "mci": mci, "t_s": t_s})  # fmt: skip
+        self.tell(type="progress", mode=plan.mode, **{k: v for k, v in record.items() if k != "wall"} | {"tok_per_s": rate})
 
 
 def integrate(signal_: list, t0: float, t1: float, power_kw: float) -> tuple[float, float | None]:

@@ -23,7 +23,7 @@ TINY = {
     "budget": {"tokens": 128 * 40},
     "model": {"depth": 1, "width": 16, "heads": 2, "kv_heads": 1, "seq_len": 32},
     "data": {"tokenizer": "bytes", "tokens_per_step": 128, "val_tokens": 1024},
-    "rounds": {"train_s": 60, "sync_s": 5, "commit_every_s": 60, "outer_lr": 1.0, "outer_momentum": 0.3, "rejoin_wait_s": 60, "grace_s": 20},
+    "rounds": {"train_s": 60, "sync_s": 5, "commit_every_s": 60, "rejoin_wait_s": 60, "grace_s": 20},
     "policy": {"off_delay_s": 60},
     "sync": {"heartbeat_s": 0.5, "dead_s": 6},
     "carbon": {"baseline_regions": ["a"]},

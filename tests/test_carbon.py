@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import carbon
 import config
-from carbon import Interval, Meter, Trace, emissions_kg, read_trace
+from carbon import Meter, Trace, emissions_kg, read_trace
 from config import BadInput
 
 GOLDEN = {  # 1 kW over the whole file, hold: mean g/kWh, total kg, share below 100

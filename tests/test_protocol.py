@@ -7,10 +7,10 @@ from reference import train
 
 import carbon
 import config
-import rounds
 import simulate
 import sync
 from journal import check, decision
+from ledger import count
 
 
 def finished(runner, argv, sites, **kwargs):
@@ -141,8 +141,8 @@ def test_the_learning_rate_position_after_the_last_step_is_the_budget(runner):
     simulate.drive(run, samples, journal=records.extend)
     assert run.committed_tokens == cfg.budget.tokens
     last = [r for r in records if r["type"] == "open"][-1]
-    steps = {s: rounds.count(ranges) for s, ranges in last["leases"].items()}
-    before = cfg.budget.tokens - 128 * sum(rounds.count(r) for r in [c for c in records if c["type"] == "commit"][-1]["batches"].values())
+    steps = {s: count(ranges) for s, ranges in last["leases"].items()}
+    before = cfg.budget.tokens - 128 * sum(count(r) for r in [c for c in records if c["type"] == "commit"][-1]["batches"].values())
     total = sum(last["rates"].values())
     for site, n in steps.items():
         position = min(before + 128 * n * total / last["rates"][site], cfg.budget.tokens)

@@ -14,7 +14,8 @@ import config
 import simulate
 from carbon import Meter, Trace
 from journal import check
-from rounds import Facts, Ledger, Run, count
+from ledger import Ledger, count, split
+from rounds import Facts, Run
 from scheduler import Schedule, Site, policy_of
 
 
@@ -136,8 +137,6 @@ def test_whatever_joins_and_leaves_every_batch_is_committed_at_most_once_and_all
 def test_ledger_partitions_the_budget(budget, work):
     ledger = Ledger(budget)
     for leased, used in work:
-        from rounds import split
-
         ranges = ledger.lease(leased)
         kept, rest = split(ranges, min(used, count(ranges)))
         ledger.commit(kept)
@@ -171,7 +170,7 @@ def test_weights_follow_tokens():
     for attempt in (r for r in records if r["type"] == "attempt"):
         total = sum(attempt["tokens"].values())
         assert attempt["weights"] == {s: n / total for s, n in attempt["tokens"].items()}
-    assert any(r["tokens"]["a"] == 4 * r["tokens"]["b"] + 20 or r["tokens"]["a"] >= 4 * r["tokens"]["b"] for r in records if r["type"] == "attempt")
+    assert any(r["tokens"]["a"] >= 4 * r["tokens"]["b"] > 0 for r in records if r["type"] == "attempt")
 
 
 # -- three drivers, one decision-maker -------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ smooth fill with a small seeded ripple. Run it again and the same bytes come out
     python traces/make_paper_day.py
 """
 
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 
-START = datetime(2026, 1, 11, 17, tzinfo=timezone.utc)
+START = datetime(2026, 1, 11, 17, tzinfo=UTC)
 STEP_MIN = 5
 NUM_SAMPLES = 217
 MEAN_G_PER_KWH = {"CAISO_NORTH": 318.8, "SPP_TX": 408.0, "NEM_SA": 350.4, "DE": 751.6}

@@ -1,0 +1,214 @@
+"""The state of the run as one site holds it: model, theta, outer momentum, inner optimizer, and their way to and from
+the coordinator and the site's own disk.
+
+theta is the start of the open round and stays untouched until that round is committed; the model's parameters move on
+from it. theta, m and the two buffers are flat fp32 CPU vectors (see sync.py); on several ranks each holds all of them,
+rank 0 speaks to the coordinator and shares what it learns.
+"""
+
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import sync
+from channel import ChannelError, Link
+from model import GPT, Shape
+from optim import Inner
+
+KEEP_INNER = 2
+
+
+class Mismatch(RuntimeError):
+    """What arrived, or what was committed, is not what it must be."""
+
+
+class Replica:
+    def __init__(self, cfg, shape: Shape, device: torch.device, link: Link | None, rank: int, ranks: int, folder: Path, run_id: str):
+        self.cfg, self.shape, self.device, self.link = cfg, shape, device, link
+        self.rank, self.ranks, self.folder, self.run_id = rank, ranks, folder, run_id
+        self.chunk_mb = cfg.sync.chunk_mb
+        self.round = -1  # whose start state theta and m are; -1: none
+        self.digest = ""
+        self.model: GPT | None = None
+        self.inner: Inner | None = None
+        self._background: list[threading.Thread] = []
+
+    # -- from and to the coordinator ----------------------------------------------------------------------------------
+
+    def fetch(self, round_: int, numel: int, digest: str | None, own_disk: bool) -> bool:
+        """Download theta and m of a round and build the model around them.
+
+        The inner optimizer's state of that very round is taken from our own disk if it survived there and `own_disk`
+        says it may (a resume, or keep_disk); True if so. Else it starts fresh. Raises Mismatch on a wrong digest.
+        """
+        if self.model is None:
+            self.model = GPT(self.shape).to(self.device)
+            self.flat = sync.Flat(self.model)
+            self.theta, self.m, self.theta_i, self.mean = (torch.zeros(self.flat.numel) for _ in range(4))
+        if self.flat.numel != numel:
+            raise Mismatch(f"the model here has {self.flat.numel} parameters, the run's {numel}")
+        self.settle()
+        if self.rank == 0:
+            self._download(round_, "theta", self.theta)
+            self._download(round_, "m", self.m)
+        self._share()
+        self.round, self.digest = round_, sync.digest(self.theta, self.chunk_mb)
+        if digest and self.digest != digest:
+            raise Mismatch(f"round {round_} arrived with digest {self.digest[:12]}, the coordinator's is {digest[:12]}")
+        self.restore()
+        if self.inner is not None:
+            return False
+        self.inner = Inner(self.model, self.cfg.optim)
+        return own_disk and self._load_inner()
+
+    def _download(self, round_: int, name: str, vector: torch.Tensor) -> None:
+        for a, b in sync.chunks(vector.numel(), self.chunk_mb):
+            header, data = self.link.request({"type": "chunk", "round": round_, "name": name, "start": a, "stop": b})
+            if not header["found"]:
+                raise Mismatch(f"the coordinator has no stored round {round_}")
+            vector[a:b] = torch.frombuffer(bytearray(data), dtype=torch.float32)
+
+    def upload(self, parts: dict[str, torch.Tensor]) -> None:
+        """Send vectors that make up the state we now hold, in the background, chunk by chunk."""
+        if self.rank:
+            return
+        round_ = self.round
+        todo = [(n, v, a, b) for n, v in parts.items() for a, b in sync.chunks(v.numel(), self.chunk_mb)]
+
+        def send():
+            for i, (name, vector, a, b) in enumerate(todo):
+                header = {"type": "upload", "round": round_, "name": name, "start": a, "stop": b, "last": i == len(todo) - 1}
+                try:
+                    self.link.request(header, bytes(sync.raw(vector[a:b])))
+                except ChannelError:
+                    return  # the coordinator is gone; the site's main thread notices by itself
+
+        self._in_background(send)
+
+    def _share(self) -> None:
+        """Rank 0's theta and m on all ranks."""
+        if self.ranks > 1:
+            for vector in (self.theta, self.m):
+                there = vector.to(self.device)
+                dist.broadcast(there, 0)
+                vector.copy_(there)
+
+    # -- round by round -----------------------------------------------------------------------------------------------
+
+    def new_inner(self) -> None:
+        self.inner = Inner(self.model, self.cfg.optim)
+
+    def restore(self) -> None:
+        """The model's parameters back to theta."""
+        self.flat.write(self.theta, self.model)
+
+    @contextmanager
+    def at_theta(self):
+        """For a while, the model is theta again."""
+        moved = self.flat.read(self.model)
+        self.restore()
+        yield
+        self.flat.write(moved, self.model)
+
+    def freeze(self) -> bool:
+        """theta_i from the model; False if it holds anything that is not a finite number."""
+        self.flat.read(self.model, self.theta_i)
+        return bool(torch.isfinite(self.theta_i).all())
+
+    def average(self, weight: float, reduce_chunk, stepped: bool) -> str:
+        """Our weighted pseudo-gradient, reduced over the members, into `mean`; returns the digest to vote for."""
+        self.settle()  # `mean` may still be on its way to the coordinator
+        return sync.average(self.theta, self.theta_i if stepped else None, weight, reduce_chunk, self.chunk_mb, self.mean)
+
+    def apply(self) -> None:
+        """The outer step with the committed average, the same bits at every member."""
+        if self.rank == 0:
+            self._outer_step()
+        self._share()
+        self.restore()
+        self._now_holds(self.round + 1)
+
+    def take_own(self) -> dict[str, torch.Tensor]:
+        """A local round's result becomes theta: as it is (m = 0), or by an outer step of its own (`rounds.local`).
+        Returns the vectors the coordinator needs."""
+        self.settle()
+        if self.cfg.rounds.local == "outer":
+            torch.sub(self.theta, self.theta_i, out=self.mean)
+            self._outer_step()
+            self.restore()
+            parts = {"theta": self.theta, "m": self.m}
+        else:
+            self.theta.copy_(self.theta_i)
+            self.m.zero_()
+            parts = {"theta": self.theta}
+        self._now_holds(self.round + 1)
+        return parts
+
+    def _outer_step(self) -> None:
+        r = self.cfg.rounds
+        sync.outer_step_(self.theta, self.m, self.mean, r.outer, r.outer_lr, r.outer_momentum)
+
+    def _now_holds(self, round_: int) -> None:
+        self.round, self.digest = round_, sync.digest(self.theta, self.chunk_mb)
+        self._save_inner()
+
+    def drop(self, keep_disk: bool) -> None:
+        """What was on the machine is gone."""
+        self.settle()
+        self.model = self.inner = self.theta = self.m = self.theta_i = self.mean = None
+        self.round = -1
+        if not keep_disk:
+            for path in self._inner_files():
+                path.unlink()
+
+    # -- our own disk -------------------------------------------------------------------------------------------------
+
+    def _inner_file(self, round_: int) -> Path:
+        return self.folder / f"inner-{round_:06d}-rank{self.rank}.safetensors"
+
+    def _inner_files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"inner-*-rank{self.rank}.safetensors"))
+
+    def _save_inner(self) -> None:
+        """Inner optimizer state and RNG of the round we now hold, in the background, so that a resume is exact."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.detach().cpu().clone() for k, v in self.inner.tensors().items()}
+        tensors["rng"] = torch.get_rng_state()
+        about = {"run_id": self.run_id, "round": str(self.round), "digest": self.digest}
+        path = self._inner_file(self.round)
+
+        def write():
+            sync.write_durably(path, lambda tmp: save_file(tensors, tmp, metadata=about))
+            for old in self._inner_files()[:-KEEP_INNER]:
+                old.unlink()
+
+        self._in_background(write)
+
+    def _load_inner(self) -> bool:
+        path = self._inner_file(self.round)
+        if not path.exists():
+            return False
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata()
+        if about != {"run_id": self.run_id, "round": str(self.round), "digest": self.digest}:
+            return False
+        tensors = load_file(path)
+        torch.set_rng_state(tensors.pop("rng"))
+        self.inner.load(tensors)
+        return True
+
+    def _in_background(self, work) -> None:
+        thread = threading.Thread(target=work, daemon=True)
+        self._background.append(thread)
+        thread.start()
+
+    def settle(self) -> None:
+        """Wait for uploads and files under way."""
+        for thread in self._background:
+            thread.join()
+        self._background.clear()

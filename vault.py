@@ -1,0 +1,91 @@
+"""The coordinator's copy of the model: theta and m of the newest stored round, durable and served to joiners.
+
+It is made twice over: a site sends the agreed average (federated) or its own result (local); the vault repeats the outer
+step on its own copy, writes it, and compares digests with what the sites report to hold.
+"""
+
+from pathlib import Path
+
+import torch
+
+import config
+import sync
+from config import BadInput
+from model import GPT, Shape
+
+
+class Vault:
+    def __init__(self, cfg, folder: Path):
+        self.cfg, self.states = cfg, sync.StateFolder(folder)
+        self.chunk_mb = cfg.sync.chunk_mb
+        self.run_id, self.digest = "", ""
+        self.agreed: dict[int, str] = {}  # round -> digest of the average that was committed to make it
+        self._partial: dict[int, dict[str, torch.Tensor]] = {}
+        self._held: dict[int, dict[str, tuple[str, str]]] = {}
+
+    @property
+    def numel(self) -> int:
+        return self.theta.numel()
+
+    def genesis(self, shape: Shape, run_id: str) -> None:
+        """theta_0 from the seed, on CPU in fp32."""
+        model = GPT(shape).init_weights(self.cfg.seed)
+        self.theta, self.run_id = sync.Flat(model).read(model), run_id
+        self.m = torch.zeros_like(self.theta)
+        self._save(0)
+
+    def load(self, stored: dict[int, str], run_id: str) -> int:
+        """The newest state on disk that the journal knows (stored: round -> digest); returns its round."""
+        known = [s for s in self.states.manifest if stored.get(s["round"]) == s["digest_theta"] and s["run_id"] == run_id]
+        if not known:
+            raise BadInput(f"{self.states.folder} holds no state the journal knows; restore it, or take fresh=true")
+        round_, self.run_id = known[-1]["round"], run_id
+        self.theta, self.m = self.states.load(round_)
+        self.digest = sync.digest(self.theta, self.chunk_mb)
+        if self.digest != stored[round_]:
+            raise BadInput(f"{self.states.folder} round {round_} has digest {self.digest[:12]}, the journal says "
+                           f"{stored[round_][:12]}: damaged; restore it, or take fresh=true")  # fmt: skip
+        return round_
+
+    def receive(self, header: dict, payload) -> bool:
+        """One uploaded chunk. True if it was the last one and the state of header['round'] is now durable.
+
+        Raises ValueError if a federated result is not the one that was agreed.
+        """
+        round_ = header["round"]
+        part = self._partial.setdefault(round_, {})
+        vector = part.setdefault(header["name"], torch.empty(self.numel))
+        vector[header["start"] : header["stop"]] = torch.frombuffer(bytearray(payload), dtype=torch.float32)
+        if not header["last"]:
+            return False
+        del self._partial[round_]
+        if "delta" in part:
+            if sync.digest(part["delta"], self.chunk_mb) != self.agreed.pop(round_):
+                raise ValueError(f"sent another result of round {round_ - 1} than was agreed")
+            r = self.cfg.rounds
+            sync.outer_step_(self.theta, self.m, part["delta"], r.outer, r.outer_lr, r.outer_momentum)
+        else:
+            self.theta, self.m = part["theta"], part.get("m", torch.zeros(self.numel))
+        self._save(round_)
+        return True
+
+    def _save(self, round_: int) -> None:
+        self.digest, self.digest_m = sync.digest(self.theta, self.chunk_mb), sync.digest(self.m, self.chunk_mb)
+        facts = {"run_id": self.run_id, "digest_theta": self.digest, "digest_m": self.digest_m,
+                 "config_digest": config.train_digest(self.cfg)}  # fmt: skip
+        self.states.save(round_, self.theta, self.m, facts)
+        self.note(round_, "coordinator", self.digest, self.digest_m)
+
+    def note(self, round_: int, who: str, theta: str, m: str) -> list[tuple[str, str]]:
+        """What a member holds of a round. -> (site, complaint) for everyone whose bits are not the coordinator's."""
+        self._held = {r: seen for r, seen in self._held.items() if r > round_ - 3}
+        seen = self._held.setdefault(round_, {})
+        seen[who] = (theta, m)
+        ours = seen.get("coordinator")
+        if ours is None:
+            return []
+        return [(site, f"holds theta {held[0][:12]} of round {round_}, the coordinator {ours[0][:12]}")
+                for site, held in seen.items() if held != ours]  # fmt: skip
+
+    def complaints(self, round_: int) -> list[tuple[str, str]]:
+        return self.note(round_, "coordinator", self.digest, self.digest_m)
