@@ -53,6 +53,7 @@ def stop_at_rest(runner, processes, sites):
     until(at_rest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["coordinator", "site", "everyone"])
 def test_after_kill_9_the_same_command_resumes_and_ends_where_no_stop_would_have(runner, victim):
     argv = runner.write(PAIR, {"a": [CLEAN] * 20 + [DIRTY], "b": [DIRTY] * 2 + [CLEAN]}, budget={"tokens": 128 * 90})
@@ -210,6 +211,7 @@ def changed_corpus(runner):
     return twin
 
 
+@pytest.mark.slow
 def test_a_second_process_of_a_site_is_refused_while_the_first_lives(runner):
     argv = runner.write({"a": {}}, clock={"mode": "wall"}, budget={"tokens": 128 * 10**6}, rounds={"commit_every_s": 1})
     head, workers = runner.begin(argv, ["a"])
@@ -258,6 +260,7 @@ def test_a_config_that_is_missing_or_broken(runner):
         assert result.returncode == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_port_in_use_folder_in_use_other_config_and_finished_are_refused(runner):
     argv = runner.write({"a": {}}, budget={"tokens": 128 * 12})
     with socket.socket() as taken:
@@ -299,6 +302,7 @@ def test_ctrl_c_on_the_launcher_leaves_no_process_and_a_resumable_run(runner):
     all_hold(runner, argv)
 
 
+@pytest.mark.slow
 def test_killing_the_launcher_outright_leaves_no_process_either(runner):
     argv = runner.write(PAIR, budget={"tokens": 128 * 3000})
     launch = runner.start("launch.py", *argv, log="launch")
