@@ -219,8 +219,7 @@ class Coordinator:
         wait_s = self.cfg.rounds.rejoin_wait_s
         until = time.monotonic() + wait_s
         if not self.hub.connected(site):
-            command = f"torchrun train.py CONFIG site={site}"
-            print(f"coordinator | {site} is not connected; waiting up to {wait_s:g} s for `{command}`", flush=True)
+            print(f"coordinator | waiting up to {wait_s:g} s for {site}: torchrun train.py CONFIG site={site}", flush=True)
         while not self.hub.connected(site) and time.monotonic() < until:
             self._receive(0.1)
         if not self.hub.connected(site):

@@ -9,6 +9,7 @@ person to start by hand, with the same commands.
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,47 +62,69 @@ def wait_all(children: dict[str, subprocess.Popen], seconds: float) -> bool:
     return False
 
 
+STEP = re.compile(
+    r"(?P<time>\S+) (?P<mode>\w+)\s+MCI\s+(?P<MCI>\S+)\s+round\s+\d+\s+step\s+(?P<step>\S+ \([^)]*\))\s+loss (?P<loss>\S+)"
+    r"\s+tok/s\s+(?P<tokens_s>\S+)\s+(?P<kWh>\S+) kWh\s+(?P<gCO2>\S+) gCO2\s+eta (?P<eta>.*)"
+)  # what report.step_line writes
+
+
 class Screen:
-    """A table of sites and the last events on a terminal; the coordinator's lines as they are elsewhere."""
+    """A table of sites above the last events on a terminal; the coordinator's lines as they are elsewhere."""
+
+    columns = ("state", "mode", "MCI", "loss", "tokens_s", "kWh", "gCO2")
 
     def __init__(self, cfg):
-        self.sites = {name: {"state": "off", "line": ""} for name in cfg.sites}
-        self.events: deque[str] = deque(maxlen=14)
+        self.sites = {name: {"state": "off"} for name in cfg.sites}
+        self.events: deque[str] = deque(maxlen=16)
+        self.title = f"run {cfg.run}"
+        self.table: list[str] = []  # the final one
         self.live = None
         if sys.stdout.isatty():
             from rich.live import Live
 
-            self.live = Live(refresh_per_second=4)
+            self.live = Live(refresh_per_second=4, transient=True)
             self.live.start()
 
     def show(self, line: str) -> None:
         if self.live is None:
             print(line, flush=True)
+        elif self.table or (line.startswith("run ") and self.events and "parameters" not in line):
+            self.table.append(line)
+        else:
+            self._note(line)
+            self._draw()
+
+    def _note(self, line: str) -> None:
+        who, _, rest = (part.strip() for part in line.partition("|"))
+        step = STEP.match(rest) if who in self.sites else None
+        if step:
+            self.sites[who] |= {c: step[c] for c in self.columns[1:]}
+            self.title = f"{step['time']} UTC  step {step['step']}  eta {step['eta']}"
             return
+        self.events.append(line)
+        for words, state in (("window open", "provisioning"), (" on: ", "on"), ("window closed", "off"), (" off: ", "off")):
+            if who in self.sites and words in line:
+                kept = {c: self.sites[who].get(c, "") for c in ("kWh", "gCO2")}
+                self.sites[who] = {"state": state} | kept
+
+    def _draw(self) -> None:
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        who, _, rest = line.partition("|")
-        who = who.strip()
-        if who in self.sites and "  step " in rest:
-            self.sites[who]["line"] = rest.strip()
-        else:
-            self.events.append(line)
-            for word, state in (("window open", "provisioning"), (" on: ", "on"), ("window closed", "off")):
-                if who in self.sites and word in rest:
-                    self.sites[who] = {"state": state, "line": ""}
-        grid = Table(expand=True)
-        for column in ("site", "state", "now"):
-            grid.add_column(column, no_wrap=True)
+        grid = Table(title=self.title, title_justify="left", min_width=80)
+        grid.add_column("site", no_wrap=True)
+        for column in self.columns:
+            grid.add_column(column.replace("_", "/"), justify="left" if column in ("state", "mode") else "right", no_wrap=True)
         for name, site in self.sites.items():
-            grid.add_row(name, site["state"], site["line"])
-        self.live.update(Group(grid, Text("\n".join(self.events))))
+            grid.add_row(name, *(site.get(c, "") for c in self.columns))
+        self.live.update(Group(grid, Text("\n".join(self.events), no_wrap=True, overflow="ellipsis")))
 
-    def close(self, table: list[str]) -> None:
+    def close(self) -> None:
         if self.live is not None:
             self.live.stop()
-            print("\n".join(table), flush=True)
+            self.live = None
+            print("\n".join(["", *self.table]), flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -142,8 +165,8 @@ def main(argv: list[str]) -> int:
                 stop(children, signal.SIGKILL)
         for child in children.values():
             child.wait()
-        if screen and screen.live:
-            screen.live.stop()
+        if screen:
+            screen.close()
     if code in (config.EXIT_DONE, config.EXIT_BUDGET_LEFT) and (run_dir / "summary.json").exists():
         subprocess.run([sys.executable, str(HERE / "figures.py"), str(run_dir)], env=env, check=False)
     return code
@@ -152,14 +175,9 @@ def main(argv: list[str]) -> int:
 def _follow(head: subprocess.Popen, children: dict[str, subprocess.Popen], screen: Screen, first: str) -> None:
     """Show the coordinator's lines until it closes its end; note a site whose process ends early."""
     threading.Thread(target=_watch, args=(head, children), daemon=True).start()
-    table: list[str] = []
     screen.show(first.rstrip("\n"))
     for line in head.stdout:
-        line = line.rstrip("\n")
-        if table or (line.startswith("run ") and ": " in line and line != first.rstrip("\n")):
-            table.append(line)  # the final table
-        screen.show(line)
-    screen.close(table)
+        screen.show(line.rstrip("\n"))
 
 
 def _watch(head: subprocess.Popen, children: dict[str, subprocess.Popen]) -> None:

@@ -55,7 +55,8 @@ def describe(record: dict, cfg, run) -> str | None:
         words = {"provisioning": "window open", "starting": "starting", "on": "on", "off": "window closed"}
         if record["to"] == "starting":
             return None
-        return f"{record['site']:15} | {at} {words[record['to']]}: {record['reason']}"
+        word = "off" if record["reason"] == "run ended" else words[record["to"]]
+        return f"{record['site']:15} | {at} {word}: {record['reason']}"
     if kind == "open" and record["mode"] == "federated":
         return f"{'federated':15} | {at} round {record['round']}: {' + '.join(record['members'])}"
     if kind == "open":
