@@ -356,7 +356,9 @@ def schedule_digest(cfg: Config) -> str:
     c = plain(cfg)
     machine = ("device", "device_batch", "ranks", "threads_local", "threads_federated")
     sites = {n: {k: v for k, v in s.items() if k not in machine} for n, s in c["sites"].items()}
-    clock = {k: v for k, v in c["clock"].items() if k != "max_hours"}  # a run that ended there may go on for longer
+    clock = dict(c["clock"])
+    if clock["mode"] == "wall":  # a run that ended at its limit may go on under a later one
+        del clock["max_hours"]
     return _digest({k: c[k] for k in ("policy", "carbon")} | {"clock": clock, "sites": sites})
 
 

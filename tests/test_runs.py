@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -12,6 +13,8 @@ from conftest import CLEAN, DIRTY, processes_in
 
 import carbon
 import config
+import data
+from channel import Link
 from journal import check, effective
 
 PAIR = {"a": {}, "b": {"tokens_per_s": 8.6}}
@@ -159,15 +162,11 @@ def test_strangers_are_refused_with_both_values_and_disturb_nobody(runner):
     assert other_config.returncode == 2 and digest in other_config.stderr
     assert config.train_digest(runner.load([*argv, "optim.matrix_lr=0.5"])) in other_config.stderr
 
-    folder = runner.folder / "other"
-    folder.mkdir()
-    for path in runner.corpus.iterdir():
-        (folder / path.name).write_text(path.read_text().upper())
-    twin = runner.load([*argv, f"data.source={folder}"])
-    assert config.train_digest(twin) != digest
     # Same source name in the digest, other text in it: what a changed or half-copied corpus looks like.
     other_corpus = runner.call("train.py", *argv, "site=a", f"data.dir={changed_corpus(runner)}")
-    assert other_corpus.returncode == 2 and "corpus digest" in other_corpus.stderr
+    assert other_corpus.returncode == 2
+    assert "corpus digest is '0123456789abcdef'" in other_corpus.stderr and "tokenizer digest is 'other'" in other_corpus.stderr
+    assert data.Corpus(runner.load(argv)).digest in other_corpus.stderr
 
     unknown = runner.call("train.py", *argv, "site=mars")
     assert unknown.returncode == 2 and "mars" in unknown.stderr and "sites: a" in unknown.stderr
@@ -180,6 +179,13 @@ def test_strangers_are_refused_with_both_values_and_disturb_nobody(runner):
     wrong_key = runner.call("train.py", *argv, "site=a", "rounds.rejoin_wait_s=60", timeout=60)
     (keys / "a.key_secret").write_bytes(own)
     assert wrong_key.returncode == 2 and "does not accept our key" in wrong_key.stderr
+
+    # A right key that claims another site's name: known by its key, not by what it says.
+    link = Link((runner.run_dir / "address").read_text().strip(), keys, "a", 0.5, 6.0)
+    link.send({"type": "hello", "site": "mars", "config digest": digest, "corpus digest": "x", "tokenizer digest": "bytes"})
+    answer, _ = link.inbox.get(timeout=10)
+    link.close()
+    assert answer["type"] == "refused" and "site is 'mars', the coordinator's 'a'" in answer["reason"]
 
     host, port = (runner.run_dir / "address").read_text().strip().split(":")
     for junk in (b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(5000)):
@@ -197,16 +203,12 @@ def test_strangers_are_refused_with_both_values_and_disturb_nobody(runner):
 
 def changed_corpus(runner):
     """A data folder whose shards of the same source hold other text."""
-    import shutil
-
-    import data
-
     cfg = runner.load([str(runner.folder / "config.yaml")])
     twin = runner.folder / "data2"
     shutil.copytree(runner.data_dir, twin)
     meta = twin / data.corpus_dir(cfg).name / "tokens-bytes" / "meta.json"
     facts = json.loads(meta.read_text())
-    facts["corpus_digest"] = "0123456789abcdef"
+    facts |= {"corpus_digest": "0123456789abcdef", "tokenizer_digest": "other"}
     meta.write_text(json.dumps(facts))
     return twin
 
@@ -314,8 +316,11 @@ def test_killing_the_launcher_outright_leaves_no_process_either(runner):
 
 def test_launch_runs_a_whole_day_draws_the_figure_and_ends_in_a_table(runner):
     argv = runner.write(PAIR, {"a": [CLEAN] * 6 + [DIRTY], "b": [DIRTY, CLEAN]}, budget={"tokens": 128 * 40})
-    result = runner.call("launch.py", *argv)
+    result = runner.call("launch.py", *argv, "wandb.mode=offline")
     assert result.returncode == 0, result.stdout + result.stderr
+    run_id = runner.journal()[0]["wall"]["run_id"]
+    views = {p.name.split("-", 3)[-1] for p in (runner.run_dir / "wandb").glob("offline-run-*")}
+    assert views == {f"{run_id}-{name}" for name in ("coordinator", "a", "b")}, "one view per site and one of the coordinator"
     for word in ("window open", "federated", "validation", "kgCO2, ours is", "floor by the same hour", "goodput"):
         assert word in result.stdout
     assert (runner.run_dir / "figures" / "timeline.png").stat().st_size > 10_000

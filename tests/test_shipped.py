@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 from conftest import REPO
@@ -16,12 +17,13 @@ CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_shipped_configs_parse(path):
-    config.load([str(path)])
+    cfg = config.load([str(path)])
+    assert cfg.run and cfg.sites
 
 
 def test_the_readme_names_only_files_that_exist():
     text = (REPO / "README.md").read_text()
-    for name in set(re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.(?:py|yaml|csv|md|txt))`", text)):
+    for name in set(re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.(?:py|yaml|md|txt))`", text)):
         assert (REPO / name).exists(), name
     for target in set(re.findall(r"`make ([a-z-]+)`", text)):
         assert re.search(rf"^{target}:", (REPO / "Makefile").read_text(), re.M), target
@@ -35,6 +37,31 @@ def test_every_dependency_is_pinned_and_explained():
         if line and not line.startswith("#"):
             name, version = line.split("==")
             assert version and f"`{name}`" in readme, name
+
+
+@pytest.mark.parametrize("argv", [
+    ["simulate.py", "configs/demo.yaml", "--json"], ["carbon.py", "describe", "traces/paper_day.csv", "--json"],
+], ids=["simulate", "describe"])  # fmt: skip
+def test_json_prints_exactly_one_object(argv):
+    result = subprocess.run([sys.executable, *argv], cwd=REPO, capture_output=True, text=True, check=True)
+    (line,) = result.stdout.splitlines()
+    value = json.loads(line)
+    if argv[0] == "simulate.py":
+        assert set(value["decisions"][0]) == {"t_s", "site", "event", "reason"} and value["starts"] == 4
+        assert value["val_loss"] is None and value["floor_kg"]["lp"] < value["emissions_kg"]
+
+
+def test_the_simulated_demo_keeps_the_papers_shape():
+    """Phases of the published run: local, pause, local, two together, local, two together, within the day."""
+    result = subprocess.run([sys.executable, "simulate.py", "configs/demo.yaml", "--json"], cwd=REPO, capture_output=True, check=True)
+    value = json.loads(result.stdout)
+    teams = [d["reason"] for d in value["decisions"] if d["event"] == "open"]
+    phases = [t for i, t in enumerate(teams) if i == 0 or t != teams[i - 1]]
+    assert phases == ["local: california", "federated: california + south_australia", "local: south_australia",
+                      "federated: texas + south_australia"]  # fmt: skip
+    assert value["steps"] == 1200 and value["runtime_h"] < 18 and value["goodput"] > 0.85
+    shares = [value["emissions_kg"] / kg for kg in value["baselines"].values()]
+    assert min(shares) > 0.03 and max(shares) < 0.14
 
 
 def test_nothing_unpickles():
