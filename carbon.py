@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -128,7 +129,10 @@ def _parse_times(stamps: list[str], where: str, first_row: int, tz: str) -> np.n
                 raise BadInput(f"{row}: local time {stamp!r} happens twice or never in {tz} (clock change); "
                                "write the file in UTC")  # fmt: skip
             moment = moment.replace(tzinfo=timezone(first or timedelta(0)))
-        seconds[i] = round(moment.timestamp())
+        try:
+            seconds[i] = round(moment.timestamp())
+        except (OverflowError, ValueError):
+            raise BadInput(f"{row}: time {stamp!r} is out of range") from None
     return seconds
 
 
@@ -140,11 +144,11 @@ def read_table(path: str) -> tuple[list[str], list[list[str]]]:
     raw = file.read_bytes()
     try:
         text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"trace {path} is not a UTF-8 CSV file ({error}); convert it first") from None
-    rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
-    if len(rows) < 3:
-        raise BadInput(f"trace {path} has {max(len(rows) - 1, 0)} samples; at least 2 are needed")
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not a UTF-8 CSV file ({error}); convert it first") from None
+    if not rows:
+        raise BadInput(f"{path} is empty: 0 samples; at least 2 are needed")
     return rows[0], rows[1:]
 
 
@@ -158,6 +162,8 @@ def read_trace(
     the accounting guess: see the messages below.
     """
     header, rows = read_table(path)
+    if len(rows) < 2:
+        raise BadInput(f"{path} has {len(rows)} samples; at least 2 are needed")
     if column is None:
         if len(header) != 2:
             raise BadInput(f"{path}: which column? It has {', '.join(header[1:])}; say column=NAME")
@@ -270,7 +276,7 @@ class Meter:
     def closed(self, t: float) -> list[Interval]:
         """All intervals up to t, the open ones cut there."""
         open_rows = [Interval(s, state, since, t) for s, (state, since) in self._open.items() if t > since]
-        rows = merge([row for row in self.intervals] + open_rows)
+        rows = merge([Interval(r.site, r.state, r.start_s, min(r.end_s, t)) for r in self.intervals if r.start_s < t] + open_rows)
         return sorted(rows, key=lambda row: (row.site, row.start_s))
 
 
@@ -303,6 +309,8 @@ def read_intervals(path: str) -> list[Interval]:
     for i, row in enumerate(rows):
         try:
             out.append(Interval(row[0], words[row[1]], float(row[2]), float(row[3])))
+            if not 0 <= out[-1].start_s <= out[-1].end_s < float("inf"):
+                raise ValueError
         except (KeyError, ValueError, IndexError):
             raise BadInput(f"{path} row {i + 2}: {','.join(row)!r} is not site,state,start_s,end_s with a state of "
                            f"{', '.join(words)}") from None  # fmt: skip
@@ -317,7 +325,12 @@ def read_intervals(path: str) -> list[Interval]:
             for t in training.get(row.site, []):
                 pieces = [p for piece in pieces for p in _without(piece, t)]
         cut += pieces
-    return sorted(cut, key=lambda r: (r.site, r.start_s))
+    cut.sort(key=lambda r: (r.site, r.start_s))
+    for a, b in zip(cut, cut[1:]):
+        if a.site == b.site and b.start_s < a.end_s - 1e-6:
+            raise BadInput(f"{path}: {a.site} is {a.state} until {a.end_s:g} s and {b.state} from {b.start_s:g} s; intervals "
+                           "must not overlap (but `train` in `up`)")  # fmt: skip
+    return cut
 
 
 def _without(row: Interval, hole: Interval) -> list[Interval]:
@@ -386,6 +399,7 @@ def account_paper(rows: list[Interval], cfg, traces: dict[str, Trace], grid_s: f
                 if row.site == name and row.state == state:
                     kw[(grid >= row.start_s) & (grid <= row.end_s)] = power_kw(spec, state)
         trace = traces[spec.region]
+        trace._require(start + grid[-1], trace.end)
         mci = np.interp(start + grid, trace.starts, trace.values)
         sites[name] = {"energy_kwh": float(kw.sum() * grid_s / 3600), "emissions_kg": float((kw * mci).sum() * grid_s / 3.6e6)}
     total = {k: sum(s[k] for s in sites.values()) for k in ("energy_kwh", "emissions_kg")}
@@ -494,8 +508,12 @@ def describe(argv: list[str]) -> int:
     if bad := [a for a in argv[1:] if a.split("=", 1)[0] not in known]:
         raise BadInput(f"unknown option {bad[0]!r}; options: {', '.join(sorted(known))} as key=value")
     columns = [options.pop("column")] if "column" in options else read_table(path)[0][1:]
-    if "max_gap_s" in options:
-        options["max_gap_s"] = float(options["max_gap_s"])
+    try:
+        options |= {"max_gap_s": float(options["max_gap_s"])} if "max_gap_s" in options else {}
+    except ValueError:
+        raise BadInput(f"max_gap_s={options['max_gap_s']} is not a number of seconds") from None
+    if options.get("stamp", "start") not in ("start", "end"):
+        raise BadInput(f"stamp={options['stamp']} is not one of start, end")
     out = {}
     for column in columns:
         t = read_trace(path, column, **options)

@@ -9,6 +9,7 @@ code 2, before anything is started or written.
 
 import hashlib
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class Model:
     seq_len: int = 256
     residual_scalars: bool = False  # per-layer residual and x0 scalars, on in the paper's code
     dtype: str = "float32"  # float32 | bfloat16 (autocast)
-    compile: bool = False
+    compile: bool = False  # not yet
 
 
 @dataclass
@@ -95,7 +96,7 @@ class Rounds:
 @dataclass
 class Sync:
     topology: str = "ring"  # ring: gloo between members | star: through the head node
-    backend: str = "gloo"  # gloo | nccl (sites that share a GPU fabric)
+    backend: str = "gloo"
     transport: str = "gloo"
     wire: str = "fp32"
     chunk_mb: int = 16
@@ -201,7 +202,8 @@ CHOICES = {
     "rounds.inner_state": ("keep", "reset"),
     "rounds.lr_position": ("global", "own"),
     "sync.topology": ("ring", "star"),
-    "sync.backend": ("gloo", "nccl"),
+    "model.compile": (False,),
+    "sync.backend": ("gloo",),
     "sync.transport": ("gloo",),
     "sync.wire": ("fp32",),
     "policy.name": ("threshold", "always"),
@@ -213,11 +215,11 @@ CHOICES = {
 }
 POSITIVE = (
     "budget.tokens", "model.depth", "model.seq_len", "data.tokens_per_step", "rounds.train_s", "rounds.grace_s",
-    "rounds.max_offline_s", "rounds.outer_lr", "sync.chunk_mb", "sync.heartbeat_s", "carbon.max_gap_s", "carbon.pue",
-    "log.every_steps",
+    "rounds.max_offline_s", "rounds.rejoin_wait_s", "rounds.outer_lr", "sync.chunk_mb", "sync.heartbeat_s",
+    "carbon.max_gap_s", "carbon.pue", "log.every_steps",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "data.val_tokens", "rounds.sync_s", "rounds.rejoin_wait_s", "rounds.outer_momentum", "sync.port",
+    "seed", "data.val_tokens", "rounds.sync_s", "rounds.outer_momentum", "sync.port",
     "policy.on_below_g_per_kwh", "policy.off_above_g_per_kwh", "policy.on_delay_s", "policy.off_delay_s",
     "policy.min_on_s", "policy.min_off_s", "eval.every_rounds", "eval.tokens", "optim.warmup", "optim.warmdown",
 )  # fmt: skip
@@ -243,7 +245,7 @@ def load(argv: list[str]) -> Config:
         if extra := [name for name in cfg.sites if name not in known]:
             raise BadInput(f"unknown site {extra[0]!r} on the command line; sites of {path}: {', '.join(known)}")
         OmegaConf.to_container(cfg, throw_on_missing=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, TypeError, UnicodeDecodeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         key = getattr(error, "full_key", None)
         raise BadInput(f"{path}: {key + ': ' if key else ''}{reason}; keys and types are listed in config.py") from None
@@ -264,10 +266,19 @@ def _check(cfg: Config) -> None:
             value = OmegaConf.select(cfg, key)
             if not ok(value):
                 raise BadInput(f"{key}={value} must be {bound}")
-    for key in ("clock.max_hours", "rounds.commit_every_s", "rounds.max_steps"):
+    for key, value in _numbers(plain(cfg)):
+        if not math.isfinite(value):
+            raise BadInput(f"{key}={value} must be a finite number")
+    for key in ("clock.max_hours", "rounds.commit_every_s", "rounds.max_steps", "model.width", "model.heads", "model.kv_heads"):
         value = OmegaConf.select(cfg, key)
         if value is not None and value <= 0:
             raise BadInput(f"{key}={value} must be > 0, or null")
+    if cfg.sync.port > 65535:
+        raise BadInput(f"sync.port={cfg.sync.port} must be <= 65535")
+    for key in ("optim.betas", "optim.muon_momentum"):
+        value = OmegaConf.select(cfg, key)
+        if len(value) != 2 or not all(0 <= x < 1 for x in value):
+            raise BadInput(f"{key}={list(value)} must be two numbers in [0, 1)")
     if not cfg.run or "/" in cfg.run or cfg.run.startswith("."):
         raise BadInput(f"run={cfg.run!r} must be a plain folder name")
     per_step, seq_len = cfg.data.tokens_per_step, cfg.model.seq_len
@@ -308,6 +319,18 @@ def _check(cfg: Config) -> None:
     start_unix(cfg)
 
 
+def _numbers(value: Any, key: str = ""):
+    """(dotted key, number) of everything numeric in a plain config."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _numbers(item, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, key)
+    elif isinstance(value, (int, float)):
+        yield key, value
+
+
 def start_unix(cfg: Config) -> int:
     """`clock.start` in whole UTC seconds. `now` is refused until live signals exist."""
     if cfg.clock.start == "now":
@@ -318,7 +341,10 @@ def start_unix(cfg: Config) -> int:
         raise BadInput(f"clock.start={cfg.clock.start!r} is not a time; write e.g. 2026-01-11T17:00:00Z") from None
     if moment.tzinfo is None:
         raise BadInput(f"clock.start={cfg.clock.start!r} names no zone; write e.g. {cfg.clock.start}Z")
-    return int(moment.astimezone(UTC).timestamp())
+    try:
+        return int(moment.astimezone(UTC).timestamp())
+    except (OverflowError, ValueError):
+        raise BadInput(f"clock.start={cfg.clock.start!r} is out of range") from None
 
 
 def num_batches(cfg: Config) -> int:
@@ -346,9 +372,9 @@ def train_digest(cfg: Config) -> str:
     """Digest of all that every member must share: model, data, optimizer, rounds, budget, seed, numerics of sync."""
     c = plain(cfg)
     data = {k: v for k, v in c["data"].items() if k != "dir"}
-    sync = {k: c["sync"][k] for k in ("wire", "chunk_mb")}
-    parts = {k: c[k] for k in ("model", "optim", "rounds", "budget", "seed")}
-    return _digest(parts | {"data": data, "sync": sync})
+    sync = {k: c["sync"][k] for k in ("wire", "chunk_mb", "topology")}
+    parts = {k: c[k] for k in ("model", "optim", "rounds", "budget", "seed", "eval")}
+    return _digest(parts | {"data": data, "sync": sync, "clock_mode": c["clock"]["mode"]})
 
 
 def schedule_digest(cfg: Config) -> str:

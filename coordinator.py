@@ -31,7 +31,7 @@ import simulate
 from channel import Hub, make_keys, read_key
 from config import BadInput
 from data import Corpus
-from journal import Journal, Replay, check, effective
+from journal import Journal, Replay, check, effective, read
 from model import Shape, shape_of
 from rounds import Action, Run
 from vault import Vault
@@ -40,7 +40,7 @@ RUN_FILES = ("*.jsonl", "intervals.csv", "summary.json", "config.yaml", "address
 RUN_FOLDERS = ("state", "sites", "figures", "wandb", "logs")
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM."""
 
 
@@ -95,7 +95,7 @@ class Coordinator:
                                f"fresh=true, or the config in {self.dir}/config.yaml")  # fmt: skip
         if records and records[-1]["type"] == "end" and records[-1]["reason"] == "budget":
             raise BadInput(f"{self.dir} is finished; take run=NEW or fresh=true")
-        OmegaConf.save(self.cfg, self.dir / "config.yaml")
+        OmegaConf.save(OmegaConf.merge(self.cfg, {"fresh": False, "site": None}), self.dir / "config.yaml")
         return not records
 
     def _listen(self) -> Hub:
@@ -136,6 +136,9 @@ class Coordinator:
             if self.replay.done:
                 self._go_live(0.0)
             return
+        now_s = round(time.time() - self.epoch, 3)
+        if lost := [r for r in held if r["type"] == "commit" and r["round"] >= start]:  # committed, but its holders are gone
+            self.journal.add([{"t_s": now_s, "type": "rollback", "to_round": start, "tokens": sum(r["tokens"] for r in lost)}])
         for record in held:
             if record["type"] == "commit" and record["round"] < start:
                 for ranges in record["batches"].values():
@@ -145,8 +148,7 @@ class Coordinator:
             self.run.meter = carbon.Meter(list(self.cfg.sites), carbon.read_intervals(str(self.dir / "intervals.csv")))
         done = {r["round"] for r in held if r["type"] in ("commit", "cancel")}
         for number in sorted({r["round"] for r in held if r["type"] == "open"} - done):
-            self.journal.add([{"t_s": round(time.time() - self.epoch, 3), "type": "cancel", "round": number,
-                               "reason": "coordinator restarted", "tokens": 0}])  # fmt: skip
+            self.journal.add([{"t_s": now_s, "type": "cancel", "round": number, "reason": "coordinator restarted", "tokens": 0}])
 
     def _predict(self) -> float:
         """When the schedule should end by configured rates: for the ETA."""
@@ -169,7 +171,7 @@ class Coordinator:
         for record in records:
             if line := report.describe(record, self.cfg, self.run):
                 print(line, flush=True)
-            self.panel.log(record, self.run, self.traces)
+            self.panel.log(record, self.run, self.traces, self._intervals(record["t_s"]))
 
     def execute(self, t: float, action: Action, run: Run) -> None:
         """Carry out one action, waiting for the sites where the next decision needs them."""
@@ -207,7 +209,7 @@ class Coordinator:
     def _go_live(self, t: float) -> None:
         """All decisions up to the stored state are repeated; from here on they are carried out."""
         replay, self.replay = self.replay, None
-        self.journal.add([{"t_s": round(t, 3), "type": "cancel", "round": replay.start, "reason": "resumed", "tokens": 0}])
+        self.journal.add([{"t_s": round(t, 6), "type": "cancel", "round": replay.start, "reason": "resumed", "tokens": 0}])
         self._record(replay.set_aside)
         self.journal.flush()
         for site, round_ in list(self.run.holds.items()):
@@ -226,7 +228,9 @@ class Coordinator:
             self.run.holds.pop(site, None)
             self.run.fetching.discard(site)
             why = f"no process within rounds.rejoin_wait_s={wait_s:g} s"
-            if any(map(self.hub.connected, self.cfg.sites)):
+            if self.run.now and site in self.run.now.members:  # resumed into a round that needs it
+                self.run.finish(t, f"{site}: {why}", config.EXIT_FAILED)
+            elif any(map(self.hub.connected, self.cfg.sites)):
                 self.run.absent(t, site, why)
             else:
                 self.run.finish(t, f"{site}: {why}, and no other site is connected", config.EXIT_FAILED)
@@ -316,7 +320,7 @@ class Coordinator:
             for site in d["members"]:
                 self.hub.send(site, header | {"send": site == d["sender"], "eval": site == d["evaluate"]})
             self.hub.forget(d["round"])
-            carbon.write_intervals(self.dir / "intervals.csv", self.run.meter.closed(self.t))
+            carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.t))
         elif action.kind in ("cancel", "end"):
             for site in d.get("members", self.cfg.sites):
                 self.hub.send(site, header)
@@ -334,9 +338,13 @@ class Coordinator:
         edges = [float(s - start) for s in trace.starts if t0 < s - start < t1]
         return [[t, trace.at(start + t)] for t in [t0, *edges] if trace.begin <= start + t < trace.end]
 
+    def _intervals(self, t: float) -> list[carbon.Interval]:
+        """Who was in which power state up to t, as far as the trace can account for it."""
+        return self.run.meter.closed(min(t, self.run.facts.end_s))
+
     def _spent(self, site: str) -> dict:
         """What the site has drawn and emitted up to now, exact rule: the base of its log of the coming round."""
-        rows = [r for r in self.run.meter.closed(self.t) if r.site == site]
+        rows = [r for r in self._intervals(self.t) if r.site == site]
         spent = carbon.account(rows, self.cfg, self.traces)["sites"][site]
         return {"energy_kwh": spent["energy_kwh"], "emissions_kg": spent["emissions_kg"]}
 
@@ -365,8 +373,11 @@ class Coordinator:
         elif self.hub.connected(site) and self.hub.silent_s(site) < self.cfg.sync.dead_s:
             self.hub.answer(identity, {"type": "refused", "busy": True, "reason": f"site {site} is already connected"})
         else:
+            if self.hub.connected(site):
+                self.run.lost(self.t, site, "was replaced by a new process")
             self.hub.admit(site, identity)
-            self.run.present(site)
+            if not self.virtual:
+                self.run.present(site)
             self.holds.pop(site, None)
             self.hub.send(site, {"type": "welcome", "run_id": self.vault.run_id})
             print(f"{site:15} | connected, torch {hello['versions']['torch']}, {hello['device']}, {hello['ranks']} rank(s)", flush=True)
@@ -435,6 +446,9 @@ class Coordinator:
 
     def interrupt(self) -> None:
         """Ctrl-C or SIGTERM: the open round is void, everything committed stays, everyone is told."""
+        if self.replay:  # nothing new was decided yet
+            self.run.reason, self.run.code = "interrupted", config.EXIT_FAILED
+            return
         self.run.finish(self.t, "interrupted", config.EXIT_FAILED)
         records, actions = self.run.take()
         self._record(records)
@@ -445,7 +459,8 @@ class Coordinator:
     def close(self) -> int:
         """Everything on disk, the sockets closed; returns the exit code."""
         self.journal.flush()
-        carbon.write_intervals(self.dir / "intervals.csv", self.run.meter.closed(self.journal.records[-1]["t_s"]))
+        if not self.replay:
+            carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.journal.records[-1]["t_s"]))
         self.hub.close()
         self.journal.close()
         return self.run.code
@@ -492,7 +507,7 @@ def check_command(argv: list[str]) -> int:
     if not path.is_file():
         raise BadInput(f"{path} does not exist; say coordinator.py check RUN_DIR")
     cfg = OmegaConf.load(path.with_name("config.yaml"))
-    results = check(Journal(path).records, cfg.budget.tokens // cfg.data.tokens_per_step)
+    results = check(read(path), cfg.budget.tokens // cfg.data.tokens_per_step)
     for ok, sentence in results:
         print(f"{'ok    ' if ok else 'BROKEN'} {sentence}")
     return 0 if all(ok for ok, _ in results) else 1

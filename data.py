@@ -59,7 +59,11 @@ def documents(source: str):
         files = sorted(p for p in root.rglob("*") if p.suffix in (*TEXT_SUFFIXES, ".parquet"))
     for path in files:
         if path.suffix == ".parquet":
-            for i, text in enumerate(pq.read_table(path, columns=["text"])["text"].to_pylist()):
+            try:
+                texts = pq.read_table(path, columns=["text"])["text"].to_pylist()
+            except (pa.ArrowInvalid, pa.ArrowKeyError, KeyError) as error:
+                raise BadInput(f"{path} cannot be read as parquet with a column `text` ({str(error).splitlines()[0]})") from None
+            for i, text in enumerate(texts):
                 yield f"{path.relative_to(root)}:{i}", text
         else:
             try:

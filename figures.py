@@ -166,8 +166,9 @@ def main(argv: list[str]) -> int:
     for name in argv:
         run = load(Path(name))
         folder = out or run["dir"] / "figures"
-        save(timeline(run), folder, "timeline" if len(argv) == 1 else f"timeline-{run['dir'].name}")
-        print(f"figure: {folder}/timeline.png", file=sys.stderr)
+        title = "timeline" if len(argv) == 1 else f"timeline-{run['dir'].name}"
+        save(timeline(run), folder, title)
+        print(f"figure: {folder}/{title}.png", file=sys.stderr)
     return 0
 
 

@@ -28,6 +28,8 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self.records: list[dict] = read(path) if path.exists() else []
+        if path.exists() and (torn := path.stat().st_size - path.read_bytes().rfind(b"\n") - 1):
+            os.truncate(path, path.stat().st_size - torn)  # left by a crash while writing
         self._buffer: list[dict] = []
         self._file = open(path, "a", encoding="utf-8")
 
@@ -55,26 +57,27 @@ class Journal:
 
 
 def read(path: Path) -> list[dict]:
-    """Records of a journal. A torn last line, left by a crash while writing, is cut off; torn elsewhere is BadInput."""
+    """Records of a journal. A torn last line (a crash while writing, or a writer at work) is left out; damage elsewhere
+    is BadInput."""
     data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole != len(data):
-        with open(path, "rb+") as file:
-            file.truncate(whole)
     try:
-        return [json.loads(line) for line in data[:whole].splitlines()]
+        return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
     except ValueError as error:
         raise BadInput(f"{path} is damaged ({error}); take another run name or fresh=true") from None
 
 
 def effective(records: list[dict]) -> list[dict]:
-    """The records that still hold: a resume on the virtual clock takes back all after the state it started from."""
+    """The records that still hold. A resume on the virtual clock takes back all after the state it started from, a
+    rollback the rounds from to_round on."""
     out: list[dict] = []
     for record in records:
         if record["type"] == "cancel" and record["reason"] == "resumed":
             stores = [i for i, r in enumerate(out) if r["type"] == "store" and r["round"] == record["round"]]
             keep = stores[-1] + 1 if stores else 1
             out = [r for r in out[:keep] if not (r["type"] == "open" and r["round"] == record["round"])]
+        elif record["type"] == "rollback":
+            out = [r for r in out if r.get("round", -1) < record["to_round"] or r["type"] not in ("open", "attempt", "commit", "lease")]
+            out.append(record)
         else:
             out.append(record)
     return out
@@ -109,7 +112,7 @@ class Replay:
 
     def absent(self, t: float, site: str, run) -> bool:
         """Repeat that no process answered for a site, if none did at this moment."""
-        why = self._absent.get((round(t, 3), site))
+        why = self._absent.get((round(t, 6), site))
         if why:
             run.absent(t, site, why)
         return bool(why)

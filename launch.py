@@ -24,7 +24,7 @@ GRACE_S = 10.0
 HERE = Path(__file__).parent
 
 
-class Stop(Exception):
+class Stop(KeyboardInterrupt):
     """Ctrl-C or SIGTERM."""
 
 
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> int:
     except Stop:
         print("\nlaunch: stopping", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        os.killpg(children["coordinator"].pid, signal.SIGTERM)  # it tells the sites, then says how far the run got
+        stop({k: c for k, c in children.items() if k == "coordinator"}, signal.SIGTERM)  # it tells the sites how it ends
         code = 130
         wait_all(children, GRACE_S)
     finally:

@@ -162,20 +162,23 @@ class Replica:
         self.settle()
         self.model = self.inner = self.theta = self.m = self.theta_i = self.mean = None
         self.round = -1
-        if not keep_disk:
+        if not keep_disk and self.rank == 0:
             for path in self._inner_files():
                 path.unlink()
 
     # -- our own disk -------------------------------------------------------------------------------------------------
 
     def _inner_file(self, round_: int) -> Path:
-        return self.folder / f"inner-{round_:06d}-rank{self.rank}.safetensors"
+        return self.folder / f"inner-{round_:06d}.safetensors"
 
     def _inner_files(self) -> list[Path]:
-        return sorted(self.folder.glob(f"inner-*-rank{self.rank}.safetensors"))
+        return sorted(self.folder.glob("inner-*.safetensors"))
 
     def _save_inner(self) -> None:
-        """Inner optimizer state and RNG of the round we now hold, in the background, so that a resume is exact."""
+        """Inner optimizer state and RNG of the round we now hold, in the background, so that a resume is exact. It is the
+        same on all ranks: rank 0 writes it."""
+        if self.rank:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().cpu().clone() for k, v in self.inner.tensors().items()}
         tensors["rng"] = torch.get_rng_state()
@@ -191,11 +194,15 @@ class Replica:
 
     def _load_inner(self) -> bool:
         path = self._inner_file(self.round)
-        if not path.exists():
-            return False
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata()
-        if about != {"run_id": self.run_id, "round": str(self.round), "digest": self.digest}:
+        found = path.exists()
+        if found:
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata() == {"run_id": self.run_id, "round": str(self.round), "digest": self.digest}
+        if self.ranks > 1:  # all or none: ranks on several nodes may not see the same disk
+            everyone = torch.tensor([int(found)], device=self.device)
+            dist.all_reduce(everyone, dist.ReduceOp.MIN)
+            found = bool(everyone.item())
+        if not found:
             return False
         tensors = load_file(path)
         torch.set_rng_state(tensors.pop("rng"))

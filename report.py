@@ -116,7 +116,9 @@ class Panel:
         """Leave out what an earlier process logged of rounds that will be trained again."""
         if self.path.exists():
             kept = [r for r in read_lines(self.path) if r["round"] < round_]
-            self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            tmp = self.path.with_suffix(".tmp")
+            tmp.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            tmp.replace(self.path)
 
     def step(self, record: dict, mode: str) -> None:
         with open(self.path, "a") as file:
@@ -129,19 +131,20 @@ class Panel:
                 "site/mode": mode, "site/power_kw": record["power_kw"], "energy/kwh": record["energy_kwh"],
             })  # fmt: skip
 
-    def log(self, record: dict, run, traces) -> None:
+    def log(self, record: dict, run, traces, rows: list[carbon.Interval]) -> None:
         """The coordinator's run: totals at each commit, validation when measured."""
         if not self.wandb or record["type"] not in ("commit", "eval"):
             return
         cfg = self.cfg
-        total = carbon.account(run.meter.closed(record["t_s"]), cfg, traces)
+        total = carbon.account(rows, cfg, traces)
         row = {"tokens": run.committed_tokens, "hours": record["t_s"] / 3600, "emissions/kg": total["emissions_kg"],
                "energy/kwh": total["energy_kwh"], "site/mode": run.mode}  # fmt: skip
         if record["type"] == "eval":
             row |= {"val/loss": record["val_loss"], "val/bpb": record["val_bpb"]}
         start = config.start_unix(cfg)
         for region in {s.region for s in cfg.sites.values()}:
-            row[f"carbon/{region}"] = traces[region].at(start + record["t_s"])
+            if start + record["t_s"] < traces[region].end:
+                row[f"carbon/{region}"] = traces[region].at(start + record["t_s"])
         self.wandb.log(row)
 
     def finish(self, summary: dict) -> None:
@@ -151,7 +154,9 @@ class Panel:
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+    """Records of a SITE.jsonl; a last line torn by a crash is left out."""
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class Run:
         self.stored = 0  # the newest round whose start state is durable at the coordinator
         self.phase = "idle"  # idle | train | freezing | reduce | storing | handover | ending | ended
         self.now: Round | None = None
-        self.pending: dict | None = None  # a local round frozen but not yet stored
+        self.pending: list[dict] = []  # local rounds frozen but not yet stored, oldest first
         self.holds: dict[str, int] = {}  # site -> round whose start state it holds
         self.leaving: set[str] = set()  # off by the schedule, still busy with a round
         self.handover_s = INFINITY  # timed: when the hand-over is over; wall: when to stop waiting for all
@@ -114,7 +114,7 @@ class Run:
     @property
     def committed_tokens(self) -> int:
         """Tokens in theta_round. A local round counts from its freeze on: the next one starts from its result."""
-        waiting = self.pending["count"] if self.pending else 0
+        waiting = sum(p["count"] for p in self.pending)
         return (self.ledger.num_committed + waiting) * self.facts.tokens_per_step
 
     def take(self) -> tuple[list[dict], list[Action]]:
@@ -221,7 +221,7 @@ class Run:
             self.phase = "idle"
             return
         for site in team:
-            if site not in ready:
+            if site not in ready and (self.facts.timed or self.stored == self.round):  # else once it is stored
                 self._actions.append(Action("fetch", site, {"round": self.round}))
         if ready and (len(ready) >= 2 or len(team) == 1):
             self._open(t, ready)
@@ -266,7 +266,7 @@ class Run:
         self.now = Round(number, mode, members, t, t + length, leases)
         self.phase = "train"
         rates = {s: self.rates[s] for s in members}
-        self._record(t, "open", round=number, mode=mode, members=members, end_s=round(t + length, 3), leases=leases, rates=rates)
+        self._record(t, "open", round=number, mode=mode, members=members, end_s=round(t + length, 6), leases=leases, rates=rates)
         self._actions.append(Action("open", None, {
             "round": number, "mode": mode, "members": members, "leases": leases, "rates": rates, "open_s": t,
             "train_for_s": length, "committed_tokens": self.committed_tokens,
@@ -312,7 +312,7 @@ class Run:
         now = self.now
         stops = [self._stop_time(s) for s in now.members]
         if now.mode == "local":
-            if len(self._team(now.open_s)) > 1 and not self.pending:
+            if len(self._team(now.open_s)) > 1:
                 return -INFINITY
             return min([now.end_s, *stops])
         return min(now.end_s, min(stops) - self.sync_s)
@@ -358,12 +358,12 @@ class Run:
         now = self.now
         used, rest = split(now.leases[site], steps)
         self.ledger.give_back(rest)
-        self.pending = {"round": now.number, "site": site, "batches": used, "count": steps}
+        self.pending.append({"round": now.number, "site": site, "batches": used, "count": steps})
         self.round += 1
         self.holds[site] = self.round
         self.now, self.phase = None, "storing"
         self._actions.append(Action("store", site, {"round": self.round}))
-        if not self.facts.timed and self._team(t) == [site] and self.ledger.free:
+        if not self.facts.timed and len(self.pending) == 1 and self._team(t) == [site] and self.ledger.free:
             self._open_next(t)  # the site trains on while its snapshot travels
 
     def _attempt(self, t: float) -> None:
@@ -432,8 +432,8 @@ class Run:
         if number <= self.stored:
             return
         self.stored = number
-        if self.pending and self.pending["round"] + 1 == number:
-            done, self.pending = self.pending, None
+        if self.pending and self.pending[0]["round"] + 1 == number:
+            done = self.pending.pop(0)
             self.ledger.commit(done["batches"])
             self._record(t, "commit", round=done["round"], tokens=done["count"] * self.facts.tokens_per_step,
                          batches={done["site"]: done["batches"]}, digest=digest_theta)  # fmt: skip
@@ -442,7 +442,11 @@ class Run:
                 "evaluate": self._evaluator(done["round"], done["site"]) if done["site"] not in self.leaving else None,
             }))  # fmt: skip
         self._record(t, "store", round=number, digest_theta=digest_theta, digest_m=digest_m)
-        if self.phase in ("storing", "ending"):
+        if not self.facts.timed and self.stored == self.round and self.phase in ("train", "handover"):
+            for site in self._team(t):
+                if self.holds.get(site) != self.round:
+                    self._actions.append(Action("fetch", site, {"round": self.round}))
+        if self.phase in ("storing", "ending") and not self.pending:
             self._release(t)
             if self.phase == "storing":
                 self._open_next(t)
@@ -474,7 +478,8 @@ class Run:
             self.finish(t, "budget", 0)
 
     def absent(self, t: float, site: str, why: str) -> None:
-        """No process answers for a site: it is left out until one does."""
+        """No process answers for a site: it is left out until one does (wall) or until its next window (virtual, where
+        all must follow from records)."""
         self._record(t, "fault", site=site, kind="absent", action=f"left out: {why}")
         self.schedule.sites[site].absent = why
         self._moves(t, self.schedule.stop(t, site, why))
@@ -488,7 +493,8 @@ class Run:
         if self.ended:
             return
         if self.schedule.sites[site].state == "off" and site not in self.leaving:
-            self.absent(t, site, why)
+            if not self.facts.timed:  # on the virtual clock it is missed when its next window comes, not before
+                self.absent(t, site, why)
             return
         self._record(t, "fault", site=site, kind="lost", action="run stopped, resumable")
         self.finish(t, f"{site} {why}", 1)
@@ -497,7 +503,10 @@ class Run:
         now = self.now
         for ranges in now.leases.values():
             self.ledger.give_back(ranges)
-        tokens = sum(now.steps.values()) * self.facts.tokens_per_step
+        trained = dict(now.steps)
+        for site in now.members:  # who has not reported will have done about so many
+            trained.setdefault(site, min(count(now.leases[site]), int(max(0.0, t - now.open_s) / self._step_s(site))))
+        tokens = sum(trained.values()) * self.facts.tokens_per_step
         self._record(t, "cancel", round=now.number, reason=reason, tokens=tokens)
         self._actions.append(Action("cancel", None, {"round": now.number, "members": now.members, "reason": reason}))
         self._release(t)
@@ -508,7 +517,10 @@ class Run:
         if self.now and self.now.number == self.round:
             self._cancel(t, reason)
         self.phase, self.reason, self.code = "ended", reason, code
-        self.now = self.pending = None
+        for lost in self.pending:
+            tokens = lost["count"] * self.facts.tokens_per_step
+            self._record(t, "cancel", round=lost["round"], reason="ended before it was stored", tokens=tokens)
+        self.now, self.pending = None, []
         for name in self.schedule.sites:
             self._moves(t, self.schedule.stop(t, name, "run ended"))
         self.leaving.clear()
@@ -527,7 +539,7 @@ class Run:
             self.leaving.add(site)
             self._freeze(t)
         elif (self.phase in ("freezing", "reduce") and site in (now.taking_part or now.members)) or (
-            self.pending and self.pending["site"] == site
+            site in [p["site"] for p in self.pending]
         ):
             self.leaving.add(site)
         else:
@@ -538,7 +550,7 @@ class Run:
     def _release(self, t: float) -> None:
         """The round is over for those who were only waiting for its end."""
         for site in [s for s in self.schedule.sites if s in self.leaving]:
-            if self.pending and self.pending["site"] == site:
+            if site in [p["site"] for p in self.pending]:
                 continue
             self.leaving.discard(site)
             self._drop(site)
@@ -562,4 +574,4 @@ class Run:
             self.meter.set(t, name, state)
 
     def _record(self, t: float, type_: str, /, **fields) -> None:
-        self._records.append({"t_s": round(t, 3), "type": type_} | fields)
+        self._records.append({"t_s": round(t, 6), "type": type_} | fields)

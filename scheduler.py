@@ -89,7 +89,7 @@ class Site:
     mci: float | None = None
     mark_s: float | None = None  # since when the policy has wanted the change now pending
     mark_mci: float | None = None
-    absent: str = ""  # why no process answers for it; such a site is not started
+    absent: str = ""  # why no process answers for it; such a site is not started for the rest of its window
 
 
 class Schedule:
@@ -106,6 +106,8 @@ class Schedule:
         up = site.state != "off"
         if self.policy.wants(mci, up) != ("stop" if up else "start"):
             site.mark_s = site.mark_mci = None
+            if not up:
+                site.absent = ""  # its window is over; the next one is a new chance
         elif site.mark_s is None or (up and site.mark_mci is None and mci is not None):
             site.mark_s, site.mark_mci = t, mci
 

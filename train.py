@@ -132,7 +132,7 @@ class Site:
                  "config digest": config.train_digest(cfg), "corpus digest": self.corpus.digest,
                  "tokenizer digest": self.corpus.tokenizer_digest, "versions": config.versions(),
                  "device": str(self.device), "ranks": self.ranks}  # fmt: skip
-        reason, busy, keys = "nothing answers", False, config.run_dir(cfg) / "keys"
+        reason, busy, address, keys = "nothing answers", False, None, config.run_dir(cfg) / "keys"
         while time.monotonic() < until:
             address = self._address()
             if address:

@@ -1,9 +1,11 @@
 """The protocol with real processes: what sites agree on is what one process would compute."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import CLEAN, DIRTY, REPO
-from reference import train
+from reference import train as reference
 
 import carbon
 import config
@@ -11,6 +13,7 @@ import simulate
 import sync
 from journal import check, decision
 from ledger import count
+from train import Plan, Site
 
 
 def finished(runner, argv, sites, **kwargs):
@@ -31,7 +34,7 @@ def test_one_site_with_plain_local_rounds_is_plain_uninterrupted_training(runner
         {"t_s": 0.0, "type": "open", "round": 0, "rates": {"a": 1.0}},
         {"t_s": 1.0, "type": "commit", "round": 0, "batches": {"a": [[0, config.num_batches(cfg)]]}},
     ]
-    assert torch.equal(runner.theta(), train(cfg, one_round)[-1])
+    assert torch.equal(runner.theta(), reference(cfg, one_round)[-1])
 
 
 # Unequal rates: 6 and 4 steps a round. A third site, where there is one, joins late.
@@ -49,7 +52,7 @@ def test_two_sites_equal_the_single_process_reference_bit_for_bit(runner, change
     assert len(commits) >= 4
     weights = next(r for r in journal if r["type"] == "attempt")["weights"]
     assert weights == {"a": 0.6, "b": 0.4}
-    thetas = train(runner.load(argv), journal)
+    thetas = reference(runner.load(argv), journal)
     assert torch.equal(runner.theta(), thetas[-1])
 
 
@@ -97,7 +100,7 @@ def test_a_day_of_joins_and_leaves_follows_the_reference_and_the_simulator(runne
 
     # The same model as in one process. Star adds in member order, as the reference does: exact to the end. The ring's
     # order is its own: exact while two average; how far three may differ is the next test's.
-    thetas = train(cfg, journal)
+    thetas = reference(cfg, journal)
     stored = {r["round"]: r["digest_theta"] for r in journal if r["type"] == "store"}
     three = next(r["round"] for r in attempts if len([n for n in r["tokens"].values() if n]) == 3)
     for number in range(1, len(thetas) if topology == "star" else three + 1):
@@ -108,7 +111,7 @@ def test_three_sites_in_a_ring_equal_the_reference_within_1e_6(runner):
     argv = runner.write({"a": {}, "b": {"tokens_per_s": 10.0}, "c": {}}, budget={"tokens": 128 * 16}, eval={"every_rounds": 0})
     journal = finished(runner, argv, ["a", "b", "c"])
     assert [r["tokens"] for r in journal if r["type"] == "commit"] == [128 * 16]
-    assert torch.allclose(runner.theta(), train(runner.load(argv), journal)[-1], rtol=1e-6, atol=1e-6)
+    assert torch.allclose(runner.theta(), reference(runner.load(argv), journal)[-1], rtol=1e-6, atol=1e-6)
 
 
 def test_two_ranks_a_site_train_the_same_model(runner):
@@ -116,7 +119,7 @@ def test_two_ranks_a_site_train_the_same_model(runner):
     head = runner.start("coordinator.py", *argv, log="coordinator")
     runner.start("torchrun", "--nproc_per_node=2", str(REPO / "train.py"), *argv, "site=a", log="a")
     assert head.wait(120) == 0, runner.said() + runner.said("a")
-    one = train(runner.load(argv), [
+    one = reference(runner.load(argv), [
         {"t_s": 0.0, "type": "open", "round": 0, "rates": {"a": 1.0}},
         {"t_s": 1.0, "type": "commit", "round": 0, "batches": {"a": [[0, 6]]}},
     ])[-1]  # fmt: skip
@@ -135,17 +138,20 @@ def test_the_same_run_twice_writes_the_same_journal_and_summary(runner):
 
 
 def test_the_learning_rate_position_after_the_last_step_is_the_budget(runner):
+    """Over a day of joins and leaves; with one member to the token, with several to within a step of theirs."""
     cfg = runner.load(runner.write(THREE, DAY, budget={"tokens": 128 * 180}))
     run, samples = simulate.new_run(cfg, carbon.load_traces(cfg))
     records: list[dict] = []
     simulate.drive(run, samples, journal=records.extend)
     assert run.committed_tokens == cfg.budget.tokens
-    last = [r for r in records if r["type"] == "open"][-1]
-    steps = {s: count(ranges) for s, ranges in last["leases"].items()}
-    before = cfg.budget.tokens - 128 * sum(count(r) for r in [c for c in records if c["type"] == "commit"][-1]["batches"].values())
-    total = sum(last["rates"].values())
-    for site, n in steps.items():
-        position = min(before + 128 * n * total / last["rates"][site], cfg.budget.tokens)
-        assert position <= cfg.budget.tokens
-    if last["mode"] == "local":
-        assert before + 128 * sum(steps.values()) == cfg.budget.tokens
+    committed, per_step = 0, cfg.data.tokens_per_step
+    opened = {r["round"]: r for r in records if r["type"] == "open"}
+    for commit in (r for r in records if r["type"] == "commit"):
+        rates = opened[commit["round"]]["rates"]
+        for site, ranges in commit["batches"].items():
+            ratio = sum(rates.values()) / rates[site]
+            plan = Plan(commit["round"], "federated", [], committed, ratio, done=count(ranges))
+            after = Site.position(SimpleNamespace(cfg=cfg), plan)
+            assert abs(after - min(committed + commit["tokens"], cfg.budget.tokens)) <= per_step * ratio * (len(rates) > 1)
+        committed += commit["tokens"]
+    assert committed == cfg.budget.tokens

@@ -45,7 +45,7 @@ def stop_at_rest(runner, processes, sites):
             process.send_signal(signal.SIGSTOP)
         stored = [r["round"] for r in runner.journal() if r["type"] == "store"]
         opened = [r for r in runner.journal() if r["type"] == "open"]
-        kept = [runner.run_dir / "sites" / s / f"inner-{stored[-1]:06d}-rank0.safetensors" for s in sites] if stored else []
+        kept = [runner.run_dir / "sites" / s / f"inner-{stored[-1]:06d}.safetensors" for s in sites] if stored else []
         training = len(stored) >= 5 and opened[-1]["round"] == stored[-1] and runner.journal()[-1]["type"] != "attempt"
         if training and len(opened[-1]["members"]) == len(sites) and all(path.exists() for path in kept):
             return True
@@ -87,6 +87,31 @@ def test_after_kill_9_the_same_command_resumes_and_ends_where_no_stop_would_have
     for summary in (calm, broken):
         del summary["wall"]
     assert broken == calm, "energy, emissions and loss as if nothing had happened"
+
+
+@pytest.mark.slow
+def test_missing_sites_never_hang_a_run_nor_make_it_unresumable(runner):
+    """c never comes and is left out of its window; b is missing at one resume; then all that is needed is there."""
+    windows = {"a": [CLEAN], "b": [CLEAN], "c": [DIRTY] * 5 + [CLEAN]}
+    argv = runner.write(PAIR | {"c": {}}, windows, budget={"tokens": 128 * 120}, rounds={"rejoin_wait_s": 4})
+
+    def after_cs_turn():
+        faults = [i for i, r in enumerate(runner.journal()) if r["type"] == "fault"]
+        return faults and any(r["type"] == "store" for r in runner.journal()[faults[0] :])
+
+    head, workers = runner.begin(argv, ["a", "b"])
+    until(after_cs_turn)
+    for process in (head, *workers.values()):
+        process.kill()
+        process.wait(10)
+    assert runner.journal()[-1]["type"] != "end"
+    assert runner.run(argv, ["a"]) == 1
+    assert "b: no process within rounds.rejoin_wait_s=4 s. The same command resumes" in runner.said(), runner.said()
+    assert runner.run(argv, ["a", "b"]) == 0, runner.said()
+    faults = [r for r in effective(runner.journal()) if r["type"] == "fault"]
+    assert [(r["site"], r["kind"]) for r in faults] == [("c", "absent")]
+    assert runner.summary()["sites"]["c"]["wasted_starts"] == 1
+    all_hold(runner, argv)
 
 
 def test_a_run_can_be_killed_and_resumed_again_and_again(runner):

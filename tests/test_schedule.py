@@ -176,8 +176,9 @@ def test_weights_follow_tokens():
 # -- three drivers, one decision-maker -------------------------------------------------------------------------------
 
 
-def drive_in_real_time(run: Run, samples, timed: Facts) -> list[dict]:
-    """The wall-clock machine with sites that report exactly when the virtual clock says they would."""
+def drive_in_real_time(run: Run, samples, timed: Facts, store_s: float = 0.0, fetch_s: float | None = None) -> list[dict]:
+    """The wall-clock machine with sites that report exactly when the virtual clock says they would; or with stores and
+    downloads that take longer."""
     records, queue, t = [], [], 0.0
 
     def later(at, call):
@@ -194,6 +195,8 @@ def drive_in_real_time(run: Run, samples, timed: Facts) -> list[dict]:
             later(t + 13.0, lambda now: run.provisioned(now, a.site))
         elif a.kind == "fetch":
             wait = 5.0 if run.schedule.sites[a.site].state == "starting" else timed.sync_s
+            wait = wait if fetch_s is None else fetch_s
+            assert d["round"] <= run.stored, "only stored states are served"
             later(t + wait, lambda now: run.current(now, a.site, d["round"]))
         elif a.kind == "open" and d["mode"] == "local":  # a local member freezes by itself, at a step's end
             (site,) = d["members"]
@@ -208,7 +211,7 @@ def drive_in_real_time(run: Run, samples, timed: Facts) -> list[dict]:
                 later(t + timed.sync_s, lambda now, site=site: run.voted(now, site, d["attempt"], ""))
         elif a.kind == "store" or (a.kind == "commit" and d["sender"]):
             made = d["round"] + (a.kind == "commit")
-            later(t, lambda now: run.store_done(now, made, "", ""))
+            later(t + store_s, lambda now: run.store_done(now, made, "", ""))
         elif a.kind == "evaluate":
             later(t, lambda now: run.evaluated(now, d["round"], None, None))
 
@@ -252,6 +255,22 @@ def test_the_wall_clock_decides_as_the_virtual_clock_does(signals, off_delay_s):
 
     assert turns(got) == turns(expected)
     assert phases(got) == phases(expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(days, st.sampled_from([0.0, 60.0, 200.0]), st.sampled_from([0.0, 15.0, 70.0]), st.sampled_from([0.0, 11.0, 100.0]),
+       st.integers(5, 400))  # fmt: skip
+def test_slow_stores_and_downloads_lose_no_batch(signals, off_delay_s, store_s, fetch_s, budget):
+    options = dict(rates=dict.fromkeys(signals, 1.0), off_delay_s=off_delay_s, train_s=60.0, commit_every_s=30.0, budget=budget)
+    facts = make_run(signals, **options)[0].facts
+    wall, samples = make_run(signals, timed=False, **options)
+    records = [{"t_s": 0.0, "type": "genesis"}, *drive_in_real_time(wall, samples, facts, store_s, fetch_s)]
+    assert all(ok for ok, _ in check([{"n": i} | r for i, r in enumerate(records)], budget))
+    assert wall.ended and not wall.pending
+    assert wall.ledger.num_committed + count(wall.ledger.free) == budget, "no batch is lost"
+    assert (wall.code == 0) == (wall.ledger.num_committed == budget)
+    stored = [r["round"] for r in records if r["type"] == "store"]
+    assert stored == list(range(1, len(stored) + 1)) and wall.stored == wall.round, "nothing committed is left undurable"
 
 
 def test_the_simulator_refuses_nothing_the_trace_allows():
