@@ -451,20 +451,27 @@ def floor_with_starts(cfg, traces: dict[str, Trace], hours: float, deadline_s: f
     start = config.start_unix(cfg)
     regions = [traces[s.region] for s in cfg.sites.values()]
     step = regions[0].step_s
-    slots = int(min(deadline_s, min(t.end for t in regions) - start) // step)
+    available = min(deadline_s, min(t.end for t in regions) - start) / step
     need = hours * 3600 / step
     regular = all(t.step_s == step and (np.diff(t.starts) == step).all() and (start - t.begin) % step == 0 for t in regions)
-    if not regular or slots * slots * len(regions) > 2e7 or need > slots * len(regions):
+    if not regular or available**2 * len(regions) > 2e7 or need > available * len(regions):
         return None
+    # The deadline cuts a sample: between the two whole numbers of samples around it the cost is taken as linear.
+    low, part = int(available), available % 1.0
+    ends = [_least_kg(cfg, traces, start, step, slots, need) for slots in ([low, low + 1] if part else [low])]
+    kg = ends[0] if len(ends) == 1 else (1 - part) * ends[0] + part * ends[1]
+    return kg if np.isfinite(kg) else None
+
+
+def _least_kg(cfg, traces: dict[str, Trace], start: int, step: int, slots: int, need: float) -> float:
     total = np.array([0.0])
-    for spec, trace in zip(cfg.sites.values(), regions):
-        curve = _site_curve(spec, trace, start, step, slots)
+    for spec in cfg.sites.values():
+        curve = _site_curve(spec, traces[spec.region], start, step, slots)
         joint = np.full(len(total) + slots, np.inf)
         for k, cost in enumerate(total):
             joint[k : k + slots + 1] = np.minimum(joint[k : k + slots + 1], cost + curve)
         total = joint
-    kg = float(np.interp(need, np.arange(len(total)), total))
-    return kg if np.isfinite(kg) else None
+    return float(np.interp(need, np.arange(len(total)), total, right=np.inf))
 
 
 def _site_curve(spec, trace: Trace, start: int, step: int, slots: int) -> np.ndarray:

@@ -51,14 +51,6 @@ class Flat:
                 p.copy_(flat[at : at + n].view(shape))
                 at += n
 
-    def named(self, flat: Tensor) -> dict[str, Tensor]:
-        """Views by parameter name."""
-        out, at = {}, 0
-        for name, shape, n in self.items:
-            out[name] = flat[at : at + n].view(shape)
-            at += n
-        return out
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Averaging

@@ -1,13 +1,18 @@
 """Laws of traces and accounting."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from conftest import REPO
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 import carbon
 import config
+import simulate
 from carbon import Meter, Trace, emissions_kg, read_trace
 from config import BadInput
 
@@ -133,8 +138,69 @@ def test_golden_numbers_of_the_paper_run(reference_data, capsys, rule, kg, kwh, 
 def test_the_floor_on_the_real_day(reference_data):
     cfg = config.load([str(REPO / "configs/demo.yaml"), f"carbon.trace={reference_data / 'paper_mci_2026-01-11.csv'}"])
     traces_ = carbon.load_traces(cfg)
-    for hours, kg in ((11.1, 4.932), (12, 3.305), (14.6, 0.584), (16, 0.350), (18, 0.340)):
-        assert carbon.floor_lp(cfg, traces_, 17.86, hours * 3600) == pytest.approx(kg, rel=5e-3)
+    golden = ((11.1, 4.932, 5.030), (12, 3.305, 3.414), (14.6, 0.584, 0.616), (16, 0.350, 0.376), (18, 0.340, 0.366))
+    for hours, lp, with_starts in golden:
+        assert carbon.floor_lp(cfg, traces_, 17.86, hours * 3600) == pytest.approx(lp, rel=5e-3)
+        assert carbon.floor_with_starts(cfg, traces_, 17.86, hours * 3600) == pytest.approx(with_starts, rel=1e-2)
+
+
+def test_the_published_run_is_replayed(reference_data):
+    """Its protocol on its day: starts, hours, kWh, kg and share of every baseline."""
+    cfg = config.load([str(REPO / "configs/paper.yaml"), f"carbon.trace={reference_data / 'paper_mci_2026-01-11.csv'}"])
+    s = simulate.simulate(cfg)
+    assert s["starts"] == 4 and s["steps"] == 23_400 and s["wasted_tokens"] == 0
+    assert s["runtime_h"] == pytest.approx(14.5, abs=0.15)
+    assert s["emissions_kg"] == pytest.approx(1.345, abs=0.01)
+    assert s["energy_kwh"] == pytest.approx(37.5, abs=0.3)
+    shares = sorted(s["emissions_kg"] / kg for kg in s["baselines"].values())
+    assert shares[0] > 0.048 and shares[-1] < 0.122
+
+
+values = st.lists(st.floats(0, 900), min_size=6, max_size=6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(values, values, st.integers(1, 10), st.floats(0, 900))
+def test_the_floor_is_what_brute_force_finds(a, b, k, provision_s):
+    """Two sites, six quarter-hours: every pair of on/off patterns whose windows last at least 30 minutes."""
+    cfg = OmegaConf.create({
+        "clock": {"start": "1970-01-12T13:46:40Z"},
+        "sites": {n: {"region": n, "train_kw": 2.0, "idle_kw": 0.5, "provision_s": provision_s} for n in "ab"},
+    })  # fmt: skip
+    traces_ = {n: trace_of(v, step=900) for n, v in zip("ab", (a, b))}
+
+    def curve(n):
+        best, trace = [math.inf] * 7, traces_[n]
+        for pattern in itertools.product([0, 1], repeat=6):
+            runs = [(i, len(list(g))) for i, g in runs_in(pattern)]
+            if any(length < 2 for _, length in runs):
+                continue
+            kg = sum(emissions_kg(2.0, trace, trace.begin + 900 * i, trace.begin + 900 * (i + 1)) for i in range(6) if pattern[i])
+            for i, _ in runs:
+                before = max(0.0, provision_s - 900 * i)  # ahead of the trace: its first value
+                kg += emissions_kg(0.5, trace, trace.begin + 900 * i - (provision_s - before), trace.begin + 900 * i)
+                kg += 0.5 * before * trace.values[0] / 3.6e6
+            best[sum(pattern)] = min(best[sum(pattern)], kg)
+        return best
+
+    curves = [curve(n) for n in "ab"]
+    exact = min((curves[0][i] + curves[1][k - i] for i in range(max(0, k - 6), min(6, k) + 1)), default=math.inf)
+    got = carbon.floor_with_starts(cfg, traces_, k / 4, 5400.0)
+    assert got is None if math.isinf(exact) else got == pytest.approx(exact, rel=1e-9, abs=1e-12)
+    lp = carbon.floor_lp(cfg, traces_, k / 4, 5400.0)
+    assert got is None or lp <= got + 1e-12
+    cheapest = sorted(v * 2.0 * 900 / 3.6e6 for v in a + b)
+    assert lp == pytest.approx(sum(cheapest[:k]), rel=1e-9, abs=1e-12)
+
+
+def runs_in(pattern):
+    """(start, members) of each run of ones."""
+    at = 0
+    for value, group in itertools.groupby(pattern):
+        group = list(group)
+        if value:
+            yield at, group
+        at += len(group)
 
 
 HEAD, ROW = "time,a", "2026-01-11T17:00:00Z,1"
