@@ -159,11 +159,11 @@ class Run:
         if self.phase == "freezing" and not self.facts.timed and t >= self.now.freeze_s + self.facts.grace_s:
             late = [site for site in self.now.members if site not in self.now.steps]
             self.lost(t, late[0], f"froze no state within rounds.grace_s={self.facts.grace_s:g} s")
-        if self.phase == "handover" and t >= self.handover_s - ROUND_OFF:
+        if self.phase == "handover" and (not self.facts.timed or t >= self.handover_s - ROUND_OFF):
             self._hand_over(t)
         if self.phase == "idle" and not (self.facts.timed and self.fetching):
             self._open_next(t)
-        if t >= self.facts.end_s and self.phase == "idle":
+        if t >= self.facts.end_s and self.phase in ("idle", "handover"):
             self._end_when_stored(t)
         self._set_power(t)
 
@@ -466,7 +466,7 @@ class Run:
             self._open_next(t)
         if self.phase == "handover" and number == self.round and not self.facts.timed:
             self._hand_over(t)
-        elif self.phase == "train" and not self.facts.timed and number < self.stored == self.round:
+        elif self.phase in ("train", "handover") and not self.facts.timed and number < self.stored == self.round:
             self._actions.append(Action("fetch", site, {"round": self.round}))  # rounds went by: take part in this one
         self._set_power(t)
 
