@@ -91,6 +91,7 @@ class Rounds:
     local: str = "plain"  # plain: a local round's theta as it is, m = 0 | outer: the outer step on it too
     inner_state: str = "keep"  # keep | reset (new each round, the paper)
     lr_position: str = "global"  # global: counts the other members' steps | own (the paper)
+    split_steps: bool = False  # while K sites train, each takes a batch in K inner steps of 1/K of its rows
 
 
 @dataclass

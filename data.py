@@ -214,6 +214,12 @@ def prepare(cfg) -> Path:
     return folder
 
 
+def split_rows(rows: int, n: int) -> list[tuple[int, int]]:
+    """[first, stop) row ranges that cut `rows` into min(n, rows) parts, as even as possible."""
+    n = min(n, rows)
+    return [(rows * i // n, rows * (i + 1) // n) for i in range(n)]
+
+
 class Corpus:
     """Memory-mapped token shards of a prepared source, and the batches in them."""
 

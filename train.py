@@ -34,7 +34,7 @@ import sync
 from carbon import energy_kwh
 from channel import ChannelError, ChannelStore, Link
 from config import BadInput
-from data import Corpus
+from data import Corpus, split_rows
 from model import shape_of
 from optim import schedule
 from replica import Mismatch, Replica
@@ -59,6 +59,7 @@ class Plan:
     batches: list[int]  # leased batch ids, in order
     committed_tokens: int = 0  # before this round
     rate_ratio: float = 1.0  # all members' tokens/s over our own
+    splits: int = 1  # inner steps per batch
     open_s: float = 0.0  # run time at the round's start
     train_for_s: float = 0.0
     energy_kwh: float = 0.0  # ours, up to the round's start
@@ -250,8 +251,9 @@ class Site:
         torch.set_num_threads(self.spec.threads_local if c["mode"] == "local" else self.spec.threads_federated)
         together = self.cfg.rounds.lr_position == "global"
         ratio = sum(c["rates"].values()) / c["rates"][self.name] if together else 1.0
+        splits = len(c["rates"]) if self.cfg.rounds.split_steps else 1
         batches = [b for first, last in c["leases"] for b in range(first, last)]
-        return Plan(c["round"], c["mode"], batches, c["committed_tokens"], ratio, c["open_s"], c["train_for_s"],
+        return Plan(c["round"], c["mode"], batches, c["committed_tokens"], ratio, splits, c["open_s"], c["train_for_s"],
                     c["energy_kwh"], c["emissions_kg"], c["signal"], started=time.monotonic())  # fmt: skip
 
     def may_step(self, plan: Plan) -> bool:
@@ -294,35 +296,44 @@ class Site:
 
     # -- the inner step -----------------------------------------------------------------------------------------------
 
-    def position(self, plan: Plan) -> float:
-        """Tokens of the whole run before our next step: what is committed plus what all members train meanwhile."""
-        own = plan.done * self.cfg.data.tokens_per_step
+    def position(self, plan: Plan, share: float = 0.0) -> float:
+        """Tokens of the whole run before our next step, `share` of a batch further: what is committed plus what all
+        members train meanwhile."""
+        own = (plan.done + share) * self.cfg.data.tokens_per_step
         return min(plan.committed_tokens + own * plan.rate_ratio, self.cfg.budget.tokens)
 
     def inner_step(self, plan: Plan, batch_id: int) -> float:
-        """One batch of tokens_per_step tokens over all ranks; returns its mean loss in nats per token."""
+        """One batch of tokens_per_step tokens over all ranks; returns its mean loss in nats per token.
+
+        It is one step of the inner optimizer, or with `rounds.split_steps` as many as there are members, of that much
+        fewer tokens each: a federated run then takes as many steps one after the other as a site alone.
+        """
         if plan.done == 0 and self.frozen_at:
             self.stall_s = time.monotonic() - self.frozen_at - self.excused_s
-        cfg, model, inner = self.cfg, self.replica.model, self.replica.inner
-        rows = self.corpus.rows // self.ranks
-        inner.set(schedule(self.position(plan), cfg.budget.tokens, cfg.data.tokens_per_step, cfg.optim))
+        cfg, inner, rows, total = self.cfg, self.replica.inner, self.corpus.rows // self.ranks, 0.0
         ids, targets = self.corpus.batch(batch_id, self.rank * rows, rows)
-        total = 0.0
-        for first in range(0, rows, self.spec.device_batch):
-            part = slice(first, min(first + self.spec.device_batch, rows))
-            x, y = ids[part].to(self.device), targets[part].to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.model.dtype == "bfloat16"):
-                loss = model(x, y) * (len(x) / rows)
-            loss.backward()
-            total += loss.item()
-        if self.ranks > 1:
-            total = self._mean_over_ranks(total)
-        inner.step()
-        inner.zero_grad()
+        for first, stop in split_rows(rows, plan.splits):
+            position = self.position(plan, first / rows)
+            inner.set(schedule(position, cfg.budget.tokens, cfg.data.tokens_per_step, cfg.optim))
+            loss = self._gradient(ids[first:stop], targets[first:stop])
+            inner.step()
+            inner.zero_grad()
+            total += loss * (stop - first) / rows
         if not math.isfinite(total):  # nothing of this round will be committed
             self.tell(type="frozen", round=plan.round, steps=plan.done, finite=False, bad_step=plan.done + 1, train_s=0.0)
             plan.stop, plan.mode = True, "void"
         return total
+
+    def _gradient(self, ids: torch.Tensor, targets: torch.Tensor) -> float:
+        """Gradient of the mean loss over all ranks' rows, in pieces of at most device_batch rows; returns that loss."""
+        rows, total = len(ids), 0.0
+        for x, y in zip(ids.split(self.spec.device_batch), targets.split(self.spec.device_batch)):
+            x, y = x.to(self.device), y.to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.model.dtype == "bfloat16"):
+                loss = self.replica.model(x, y) * (len(x) / rows)
+            loss.backward()
+            total += loss.item()
+        return self._mean_over_ranks(total) if self.ranks > 1 else total
 
     def _mean_over_ranks(self, loss: float) -> float:
         """Gradients and loss averaged over the site's ranks, in one buffer."""

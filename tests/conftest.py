@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -44,11 +45,12 @@ CLEAN, DIRTY = 20.0, 500.0
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A folder of text: this repository's own sources, cut into many documents."""
-    folder = tmp_path_factory.mktemp("corpus")
-    text = "\n".join(p.read_text() for p in sorted(REPO.glob("*.py")))
-    for i in range(0, len(text) - 2000, 2000):
-        (folder / f"{i // 2000:04d}.txt").write_text(text[i : i + 2000])
+    """A folder of text that never changes: 150 documents of made-up words, common ones more often."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 7))) for _ in range(400)]
+    often = [1 / (i + 1) for i in range(len(words))]
+    for i in range(150):
+        (folder / f"{i:04d}.txt").write_text(" ".join(rng.choices(words, often, k=400)) + ".\n")
     return folder
 
 

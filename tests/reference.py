@@ -1,18 +1,31 @@
-"""The protocol in one process, written for the eye: what the tests trust.
+"""The protocol in one process, written for the eye: what the tests trust, and what bench/ablation.py tries ideas on.
 
 `train` follows a journal's decisions (who trained which batches in which round) with one model per site and no
 sockets, and returns theta after each round. The real thing must arrive at the same bits.
 """
 
+from dataclasses import dataclass, replace
+
 import torch
 
 import sync
-from data import Corpus
+from data import Corpus, split_rows
 from model import GPT, shape_of
 from optim import Inner, schedule
 
 
-def train(cfg, records: list[dict]) -> list[torch.Tensor]:
+@dataclass(frozen=True)
+class Trial:
+    """What the protocol does not do (the defaults), for bench/ablation.py to measure."""
+
+    outer_momentum: str = "constant"  # | decayed: with the learning rate | reset: to m = 0 when membership changes
+    federated_lr: float = 0.0  # the inner learning rate times sites ** this, while several train
+    hand_over_inner: bool = False  # a joiner starts from a copy of the inner state of the site that trained last
+
+
+def train(cfg, records: list[dict], trial: Trial = Trial(), log=lambda committed_tokens, losses: None) -> list[torch.Tensor]:
+    """theta before the first and after each committed round. `log` gets the committed tokens before a round and its
+    batches' losses by site."""
     torch.set_num_threads(1)
     corpus = Corpus(cfg)
     per_step, budget, r = cfg.data.tokens_per_step, cfg.budget.tokens, cfg.rounds
@@ -21,40 +34,58 @@ def train(cfg, records: list[dict]) -> list[torch.Tensor]:
     flat = sync.Flat(start)
     thetas = [flat.read(start)]
     m = torch.zeros(flat.numel)
-    models, inners, opened, committed = {}, {}, {}, 0
+    models, inners, opened, committed, members, last = {}, {}, {}, 0, [], None
     for record in sorted(records, key=lambda x: (x["t_s"], x["type"] != "commit")):
         if record["type"] == "site" and record["to"] == "off":
             models.pop(record["site"], None)  # what was on the machine is gone
+            if record["site"] != last or not trial.hand_over_inner:
+                inners.pop(record["site"], None)
         if record["type"] == "open":
             opened[record["round"]] = record
         if record["type"] != "commit":
             continue
         theta, rates = thetas[-1], opened[record["round"]]["rates"]
-        ends, counts = {}, {}
+        if trial.outer_momentum == "reset" and set(rates) != set(members):
+            m = torch.zeros_like(m)
+        ends, counts, losses, members = {}, {}, {}, list(rates)
         for site, ranges in record["batches"].items():
             if site not in models:
                 models[site] = GPT(shape)
-                inners[site] = Inner(models[site], cfg.optim)
+                inner = Inner(models[site], cfg.optim)
+                if trial.hand_over_inner and last in inners:
+                    inner.load({k: v.clone() for k, v in inners[last].tensors().items()})
+                inners[site] = inner
             if r.inner_state == "reset":
                 inners[site] = Inner(models[site], cfg.optim)
             flat.write(theta, models[site])
-            batches = [b for first, last in ranges for b in range(first, last)]
+            batches = [b for first, stop in ranges for b in range(first, stop)]
             ratio = sum(rates.values()) / rates[site] if r.lr_position == "global" else 1.0
+            losses[site] = []
             for i, batch in enumerate(batches):
-                position = min(committed + i * per_step * ratio, budget)
-                inners[site].set(schedule(position, budget, per_step, cfg.optim))
                 ids, targets = corpus.batch(batch)
-                models[site](ids, targets).backward()
-                inners[site].step()
-                inners[site].zero_grad()
+                loss_of_batch = 0.0
+                for first, stop in split_rows(corpus.rows, len(rates) if r.split_steps else 1):
+                    position = min(committed + (i + first / corpus.rows) * per_step * ratio, budget)
+                    point = schedule(position, budget, per_step, cfg.optim)
+                    inners[site].set(replace(point, lr_scale=point.lr_scale * len(rates) ** trial.federated_lr))
+                    loss = models[site](ids[first:stop], targets[first:stop])
+                    loss.backward()
+                    inners[site].step()
+                    inners[site].zero_grad()
+                    loss_of_batch += loss.item() * (stop - first) / corpus.rows
+                losses[site].append(loss_of_batch)
             ends[site], counts[site] = flat.read(models[site]), len(batches)
+        last = max(counts, key=lambda s: counts[s])
+        log(committed, losses)
+        decay = schedule(committed, budget, per_step, cfg.optim).lr_scale if trial.outer_momentum == "decayed" else 1.0
+        outer = (r.outer, r.outer_lr, r.outer_momentum * decay)
         if len(ends) == 1:  # local
             (end,) = ends.values()
             if r.local == "plain":
                 theta, m = end, torch.zeros_like(m)
             else:
                 theta = theta.clone()
-                sync.outer_step_(theta, m, thetas[-1] - end, r.outer, r.outer_lr, r.outer_momentum)
+                sync.outer_step_(theta, m, thetas[-1] - end, *outer)
         else:
             total = sum(counts.values())
             mean = torch.zeros_like(theta)
@@ -62,7 +93,7 @@ def train(cfg, records: list[dict]) -> list[torch.Tensor]:
                 if counts[site]:
                     mean += (theta - end) * torch.tensor(counts[site] / total)
             theta = theta.clone()
-            sync.outer_step_(theta, m, mean, r.outer, r.outer_lr, r.outer_momentum)
+            sync.outer_step_(theta, m, mean, *outer)
         thetas.append(theta)
         committed += sum(counts.values()) * per_step
     return thetas

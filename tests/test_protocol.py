@@ -119,11 +119,13 @@ def test_two_ranks_a_site_train_the_same_model(runner):
     head = runner.start("coordinator.py", *argv, log="coordinator")
     runner.start("torchrun", "--nproc_per_node=2", str(REPO / "train.py"), *argv, "site=a", log="a")
     assert head.wait(120) == 0, runner.said() + runner.said("a")
-    one = reference(runner.load(argv), [
+    start, one = reference(runner.load(argv), [
         {"t_s": 0.0, "type": "open", "round": 0, "rates": {"a": 1.0}},
         {"t_s": 1.0, "type": "commit", "round": 0, "batches": {"a": [[0, 6]]}},
-    ])[-1]  # fmt: skip
-    assert torch.allclose(runner.theta(), one, rtol=0, atol=5e-3)
+    ])  # fmt: skip
+    # Two halves of a batch add up in another order than the whole, and both optimizers amplify rounding (AdamW by the
+    # gradient's sign, Muon in bfloat16), so single entries may differ: the way travelled is what must be the same.
+    assert (runner.theta() - one).norm() <= 2e-3 * (one - start).norm()
 
 
 def test_the_same_run_twice_writes_the_same_journal_and_summary(runner):
