@@ -14,8 +14,10 @@ import hashlib
 import io
 import json
 import zlib
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, timezone
+from functools import cached_property
 from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -27,6 +29,7 @@ from config import BadInput
 G_PER_KWH = {"g/kWh": 1.0, "kg/kWh": 1000.0, "kg/MWh": 1.0, "lb/MWh": 0.45359237}  # factor to gCO2/kWh
 MAX_G_PER_KWH = 3000.0  # lignite is about 1,200, the dirtiest oil peakers about 1,500
 STATES = ("off", "provisioning", "starting", "waiting", "syncing", "training")
+CODES = {state: i for i, state in enumerate(STATES)}
 MIN_WINDOW_S = 1800.0  # shortest window of the floor with start costs
 
 
@@ -41,13 +44,18 @@ class Trace:
     interpolation: str = "hold"
     source: str = ""
 
-    def __post_init__(self):
+    def _prefix(self) -> np.ndarray:
+        """(n + 1,) integral of intensity from the first sample to each edge, gCO2/kWh x s."""
         widths = np.diff(self.starts, append=self.starts[-1] + self.step_s).astype(float)
         if self.interpolation == "linear":
             heights = (self.values + np.append(self.values[1:], self.values[-1])) / 2
         else:
             heights = self.values
-        object.__setattr__(self, "_cumulative", np.concatenate(([0.0], np.cumsum(heights * widths))))
+        return np.concatenate(([0.0], np.cumsum(heights * widths)))
+
+    @cached_property
+    def _cumulative(self) -> np.ndarray:
+        return self._prefix()
 
     @property
     def begin(self) -> int:
@@ -71,18 +79,35 @@ class Trace:
             return float(self.values[i] + share * (self.values[i + 1] - self.values[i]))
         return float(self.values[i])
 
-    def _primitive(self, t: float) -> float:
-        self._require(t, self.end)
-        i = min(int(np.searchsorted(self.starts, t, side="right")) - 1, len(self.starts) - 1)
-        into = t - self.starts[i]
-        if self.interpolation == "linear" and i + 1 < len(self.starts):
-            slope = (self.values[i + 1] - self.values[i]) / (self.starts[i + 1] - self.starts[i])
-            return float(self._cumulative[i] + into * (self.values[i] + slope * into / 2))
-        return float(self._cumulative[i] + into * self.values[i])
+    def _primitive(self, t, cumulative: np.ndarray):
+        """Integral from the trace's begin to UTC second(s) t."""
+        t = np.asarray(t, float)
+        if t.size:
+            self._require(float(t.min()), self.end)
+            self._require(float(t.max()), self.end)
+        last = len(self.starts) - 1
+        i = np.minimum(np.searchsorted(self.starts, t, side="right") - 1, last)
+        into, height = t - self.starts[i], self.values[i]
+        if self.interpolation == "linear":
+            after = np.minimum(i + 1, last)
+            slope = (self.values[after] - height) / np.maximum(self.starts[after] - self.starts[i], 1)
+            height = height + slope * into / 2
+        return cumulative[i] + into * height
 
     def integral(self, t0: float, t1: float) -> float:
         """Exact integral of intensity over [t0, t1], in gCO2/kWh x s. Raises BadInput outside the trace."""
-        return self._primitive(t1) - self._primitive(t0)
+        a, b = self._primitive([t0, t1], self._cumulative)
+        return float(b - a)
+
+    def integrals(self, t0: np.ndarray, t1: np.ndarray) -> np.ndarray:
+        """The same for many intervals at once, (n,) each. Keeps no prefix sums, which are as large as the trace."""
+        cumulative = self._prefix()
+        return self._primitive(t1, cumulative) - self._primitive(t0, cumulative)
+
+    def seconds_below(self, threshold: float, t0: np.ndarray, t1: np.ndarray) -> np.ndarray:
+        """(n,) seconds of each interval during which the held sample is below the threshold."""
+        low = replace(self, values=(self.values < threshold).astype(float), interpolation="hold")
+        return low.integrals(t0, t1)
 
     def below(self, threshold: float, t0: float, t1: float) -> list[tuple[float, float]]:
         """The parts of [t0, t1) during which the held sample is below the threshold."""
@@ -249,47 +274,63 @@ class Interval:
 
 
 class Meter:
-    """Who was in which state, when: one gapless line of intervals per site, from 0 on."""
+    """Who was in which state, when: one gapless line of intervals per site, from 0 on. Nine bytes an interval."""
 
-    def __init__(self, sites: list[str], intervals: list[Interval] = ()):
-        self.intervals: list[Interval] = list(intervals)
-        self._open = {site: ("off", 0.0) for site in sites}
-        for row in self.intervals:
-            self._open[row.site] = ("off", row.end_s)
-
-    def state(self, site: str) -> str:
-        return self._open[site][0]
+    def __init__(self, sites: list[str], rows: list[Interval] = ()):
+        self._starts = {site: array("d", [0.0]) for site in sites}
+        self._codes = {site: bytearray([0]) for site in sites}
+        for row in sorted(rows, key=lambda r: (r.site, r.start_s)):
+            self.set(row.start_s, row.site, row.state)
+        for row in rows:
+            if row.end_s > self._starts[row.site][-1]:
+                self.set(row.end_s, row.site, "off")
 
     def set(self, t: float, site: str, state: str) -> None:
         """From t on, `site` is in `state`. Times never go back."""
-        assert state in STATES, state
-        was, since = self._open[site]
-        assert t >= since, (site, t, since)
-        if state != was:
-            if t > since:
-                self._append(Interval(site, was, since, t))
-            self._open[site] = (state, t)
+        codes, code = self._codes[site], CODES[state]
+        if codes[-1] == code:
+            return
+        starts = self._starts[site]
+        assert t >= starts[-1], (site, t, starts[-1])
+        if t == starts[-1]:  # what it was in for no time does not count
+            codes.pop()
+            starts.pop()
+            if codes and codes[-1] == code:
+                return
+        codes.append(code)
+        starts.append(t)
 
-    def _append(self, row: Interval) -> None:
-        self.intervals.append(row)
+    def columns(self, t: float) -> "Columns":
+        """All intervals up to t, the open ones cut there."""
+        out = {}
+        for site in sorted(self._starts):
+            starts = np.array(self._starts[site])
+            n = int(np.searchsorted(starts, t))
+            if n:
+                ends = np.append(starts[1:n], t)
+                out[site] = np.frombuffer(bytes(self._codes[site][:n]), np.uint8), starts[:n], ends
+        return out
 
     def closed(self, t: float) -> list[Interval]:
-        """All intervals up to t, the open ones cut there."""
-        open_rows = [Interval(s, state, since, t) for s, (state, since) in self._open.items() if t > since]
-        rows = merge([Interval(r.site, r.state, r.start_s, min(r.end_s, t)) for r in self.intervals if r.start_s < t] + open_rows)
-        return sorted(rows, key=lambda row: (row.site, row.start_s))
+        """The same as rows, by site and time."""
+        rows = []
+        for site, (codes, starts, ends) in self.columns(t).items():
+            rows += [Interval(site, STATES[c], a, b) for c, a, b in zip(codes.tolist(), starts.tolist(), ends.tolist())]
+        return rows
 
 
-def merge(rows: list[Interval]) -> list[Interval]:
-    """Join neighbours of one site that share a state."""
-    out: list[Interval] = []
+# Intervals as arrays: site -> state codes (n,) uint8 (indices of STATES), start_s (n,), end_s (n,), in time order.
+Columns = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def columns(rows: list[Interval]) -> Columns:
+    by_site: dict[str, list[Interval]] = {}
     for row in sorted(rows, key=lambda r: (r.site, r.start_s)):
-        last = out[-1] if out else None
-        if last and (last.site, last.state, last.end_s) == (row.site, row.state, row.start_s):
-            out[-1] = Interval(row.site, row.state, last.start_s, row.end_s)
-        else:
-            out.append(row)
-    return out
+        by_site.setdefault(row.site, []).append(row)
+    return {
+        site: (np.array([CODES[r.state] for r in mine], np.uint8), np.array([r.start_s for r in mine]), np.array([r.end_s for r in mine]))
+        for site, mine in by_site.items()
+    }
 
 
 def write_intervals(path: Path, rows: list[Interval]) -> None:
@@ -355,35 +396,36 @@ def emissions_kg(power: float, trace: Trace, t0: float, t1: float) -> float:
     return power * trace.integral(t0, t1) / 3600.0 / 1000.0
 
 
-def account(rows: list[Interval], cfg, traces: dict[str, Trace]) -> dict:
+def account(rows: "list[Interval] | Columns", cfg, traces: dict[str, Trace]) -> dict:
     """Energy and emissions of a run, exact rule. -> {energy_kwh, emissions_kg, curtailed_share, sites: {...}}
 
     Raises BadInput if an interval that draws power leaves its trace.
     """
     start, low = config.start_unix(cfg), cfg.carbon.curtailed_below_g_per_kwh
-    sites = {name: {"energy_kwh": 0.0, "emissions_kg": 0.0, "curtailed_kwh": 0.0, "train_hours": 0.0, "up_hours": 0.0,
-                    "kwh_by_state": {}, "kg_by_state": {}} for name in cfg.sites}  # fmt: skip
-    for row in rows:
-        if row.site not in sites or row.state == "off":
-            continue
-        spec, s = cfg.sites[row.site], sites[row.site]
-        trace, kw = traces[spec.region], power_kw(spec, row.state)
-        t0, t1 = start + row.start_s, start + row.end_s
-        kwh, kg = energy_kwh(kw, t1 - t0), emissions_kg(kw, trace, t0, t1)
-        clean_s = sum(b - a for a, b in trace.below(low, t0, t1))
-        hours = (t1 - t0) / 3600
-        s["energy_kwh"] += kwh
-        s["emissions_kg"] += kg
-        s["curtailed_kwh"] += energy_kwh(kw, clean_s)
-        s["train_hours"] += hours if row.state == "training" else 0.0
-        s["up_hours"] += hours if row.state != "provisioning" else 0.0
-        s["kwh_by_state"][row.state] = s["kwh_by_state"].get(row.state, 0.0) + kwh
-        s["kg_by_state"][row.state] = s["kg_by_state"].get(row.state, 0.0) + kg
+    by_site, sites = rows if isinstance(rows, dict) else columns(rows), {}
+    for name, spec in cfg.sites.items():
+        codes, begins, ends = by_site.get(name, (np.empty(0, np.uint8), np.empty(0), np.empty(0)))
+        up = codes != CODES["off"]
+        codes, t0, t1 = codes[up], start + begins[up], start + ends[up]
+        trace, kw = traces[spec.region], np.array([power_kw(spec, state) for state in STATES])[codes]
+        kwh, kg = energy_kwh(kw, t1 - t0), kw * trace.integrals(t0, t1) / 3600.0 / 1000.0
+        curtailed = energy_kwh(kw, trace.seconds_below(low, t0, t1))
+        hours = np.bincount(codes, t1 - t0, len(STATES)) / 3600
+        sites[name] = {
+            "energy_kwh": float(kwh.sum()), "emissions_kg": float(kg.sum()), "curtailed_kwh": float(curtailed.sum()),
+            "train_hours": float(hours[CODES["training"]]), "up_hours": float(hours.sum() - hours[CODES["provisioning"]]),
+            "kwh_by_state": _by_state(codes, kwh), "kg_by_state": _by_state(codes, kg),
+        }  # fmt: skip
     total = {k: sum(s[k] for s in sites.values()) for k in ("energy_kwh", "emissions_kg", "curtailed_kwh")}
     for part in [total, *sites.values()]:
         part["curtailed_share"] = part["curtailed_kwh"] / part["energy_kwh"] if part["energy_kwh"] else None
         del part["curtailed_kwh"]
     return total | {"sites": sites}
+
+
+def _by_state(codes: np.ndarray, amounts: np.ndarray) -> dict[str, float]:
+    sums = np.bincount(codes, amounts, len(STATES))
+    return {STATES[i]: float(sums[i]) for i in np.unique(codes)}
 
 
 def account_paper(rows: list[Interval], cfg, traces: dict[str, Trace], grid_s: float = 60.0) -> dict:
@@ -423,23 +465,40 @@ def baselines(cfg, traces: dict[str, Trace], tokens: int) -> tuple[dict[str, flo
 
 
 def floor_lp(cfg, traces: dict[str, Trace], hours: float, deadline_s: float) -> float | None:
-    """Least kg for `hours` training site-hours by deadline_s, starts free: fill the cleanest moments first."""
-    start = config.start_unix(cfg)
-    rates, widths = [], []
-    for spec in cfg.sites.values():
+    """Least kg for `hours` training site-hours by deadline_s, starts free: fill the cleanest moments first.
+
+    A sort by kW x intensity; only the samples around the marginal one are really sorted, so that a year of hundreds of
+    sites fits into memory.
+    """
+    start, need = config.start_unix(cfg), hours * 3600
+
+    def moments(spec) -> tuple[np.ndarray, np.ndarray]:
+        """kW x gCO2/kWh and seconds of each sample between the run's start and the deadline."""
         trace = traces[spec.region]
-        stop = min(start + deadline_s, trace.end)
-        edges = np.unique(np.clip(np.append(trace.starts, trace.end), start, stop)).astype(float)
-        mids = (edges[1:] + edges[:-1]) / 2
-        rates.append(spec.train_kw * trace.values[np.searchsorted(trace.starts, mids, side="right") - 1])
-        widths.append(np.diff(edges))
-    rate, width = np.concatenate(rates), np.concatenate(widths)
-    if width.sum() + 1e-6 < hours * 3600:
+        edges = np.clip(np.append(trace.starts, trace.end), start, min(start + deadline_s, trace.end)).astype(float)
+        width = np.diff(edges)
+        return spec.train_kw * trace.values[width > 0], width[width > 0]
+
+    specs = list(cfg.sites.values())
+    highest = max(spec.train_kw * float(traces[spec.region].values.max()) for spec in specs)
+    bins, scale = 1024, 1023 / highest if highest else 0.0
+    seconds, cost = np.zeros(bins), np.zeros(bins)
+    for spec in specs:
+        rate, width = moments(spec)
+        at = (rate * scale).astype(int)
+        seconds += np.bincount(at, width, bins)
+        cost += np.bincount(at, rate * width, bins)
+    filled = np.cumsum(seconds)
+    if filled[-1] + 1e-6 < need:
         return None
+    marginal = min(int(np.searchsorted(filled, need)), bins - 1)
+    left = need - (filled[marginal - 1] if marginal else 0.0)
+    pairs = [(rate[at == marginal], width[at == marginal]) for rate, width in map(moments, specs) for at in [(rate * scale).astype(int)]]
+    rate, width = np.concatenate([r for r, _ in pairs]), np.concatenate([w for _, w in pairs])
     order = np.argsort(rate, kind="stable")
     rate, width = rate[order], width[order]
-    left = np.clip(hours * 3600 - np.concatenate(([0.0], np.cumsum(width)[:-1])), 0.0, width)
-    return float((rate * left).sum() / 3.6e6)
+    taken = np.clip(left - np.concatenate(([0.0], np.cumsum(width)[:-1])), 0.0, width)
+    return float((cost[:marginal].sum() + (rate * taken).sum()) / 3.6e6)
 
 
 def floor_with_starts(cfg, traces: dict[str, Trace], hours: float, deadline_s: float) -> float | None:
@@ -477,14 +536,14 @@ def _least_kg(cfg, traces: dict[str, Trace], start: int, step: int, slots: int, 
 def _site_curve(spec, trace: Trace, start: int, step: int, slots: int) -> np.ndarray:
     """Least kg at one site for training exactly k of the first `slots` samples, k = 0..slots."""
     age = max(1, int(np.ceil(MIN_WINDOW_S / step)))
+    t = start + step * np.arange(slots, dtype=float)
+    costs = spec.train_kw * trace.integrals(t, t + step) / 3.6e6
+    ahead = t - spec.provision_s  # before the trace's first sample its value is taken to hold
+    begins = trace.integrals(np.maximum(trace.begin, ahead), t) + trace.values[0] * np.maximum(0.0, trace.begin - ahead)
+    begins *= spec.idle_kw / 3.6e6
     off, on = np.full(slots + 1, np.inf), np.full((age, slots + 1), np.inf)  # on[j]: trained j+1 samples, last: or more
     off[0] = 0.0
-    for slot in range(slots):
-        t = start + slot * step
-        cost = emissions_kg(spec.train_kw, trace, t, t + step)
-        begin = emissions_kg(spec.idle_kw, trace, max(trace.begin, t - spec.provision_s), t)
-        if t - spec.provision_s < trace.begin:
-            begin += energy_kwh(spec.idle_kw, trace.begin - t + spec.provision_s) * trace.values[0] / 1000
+    for begin, cost in zip(begins, costs):
         grown = np.full_like(on, np.inf)
         grown[0, 1:] = off[:-1] + begin + cost
         grown[1:, 1:] = on[:-1, :-1] + cost

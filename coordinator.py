@@ -155,7 +155,7 @@ class Coordinator:
         ahead, samples = simulate.new_run(self.cfg, self.traces)
         ahead.facts, ahead.schedule.timed = replace(ahead.facts, timed=True), True
         simulate.drive(ahead, samples)
-        return max((r.end_s for r in ahead.meter.intervals if r.state != "off"), default=0.0)
+        return max((r.end_s for r in ahead.meter.closed(ahead.facts.end_s) if r.state != "off"), default=0.0)
 
     # -- the virtual clock --------------------------------------------------------------------------------------------
 

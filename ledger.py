@@ -4,11 +4,16 @@ Ranges = list[list[int]]
 
 
 def count(ranges: Ranges) -> int:
-    return sum(b - a for a, b in ranges)
+    total = 0
+    for a, b in ranges:
+        total += b - a
+    return total
 
 
 def split(ranges: Ranges, n: int) -> tuple[Ranges, Ranges]:
     """The first n ids, and the rest."""
+    if len(ranges) == 1 and n == ranges[0][1] - ranges[0][0]:
+        return ranges, []
     head, tail = [], []
     for a, b in ranges:
         k = min(b - a, n)
@@ -30,6 +35,22 @@ class Ledger:
         """The n lowest free ids (fewer when fewer are left)."""
         taken, self.free = split(self.free, n)
         return taken
+
+    def lease_each(self, counts: dict[str, int]) -> dict[str, Ranges]:
+        """The same for several takers at once, lowest ids to the first."""
+        taken = self.lease(sum(counts.values()))
+        out: dict[str, Ranges] = {}
+        parts = iter(taken)
+        a = b = 0
+        for taker, n in counts.items():
+            mine = out[taker] = []
+            while n:
+                if a == b:
+                    a, b = next(parts)
+                k = min(n, b - a)
+                mine.append([a, a + k])
+                a, n = a + k, n - k
+        return out
 
     def give_back(self, ranges: Ranges) -> None:
         """Leased ids that were not trained, or not committed, are free again."""

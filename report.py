@@ -163,66 +163,84 @@ def read_lines(path: Path) -> list[dict]:
 # Summary
 
 
-def summarize(records: list[dict], rows: list[carbon.Interval], steps: list[dict], cfg, traces) -> dict:
-    """The keys of summary.json from journal records, intervals and the logged steps of all sites."""
-    held = effective(records)
-    commits, evals = ([r for r in held if r["type"] == kind] for kind in ("commit", "eval"))
-    steps_of = dict.fromkeys(cfg.sites, 0)
-    for commit in commits:
-        for site, ranges in commit["batches"].items():
-            steps_of[site] += count(ranges)
-    wasted_tokens = sum(r.get("tokens", 0) for r in held if r["type"] == "cancel")
-    runtime_s = max((r.end_s for r in rows if r.state == "training"), default=0.0)
-    until = [carbon.Interval(r.site, r.state, r.start_s, min(r.end_s, runtime_s)) for r in rows if r.start_s < runtime_s]
-    spent, early = carbon.account(rows, cfg, traces), carbon.account(until, cfg, traces)
-    tokens = sum(c["tokens"] for c in commits)
+class Tally:
+    """What a summary needs of a journal, taken in record by record, so that a simulated year need not be kept."""
+
+    def __init__(self, sites):
+        self.tokens = self.rounds = self.wasted_tokens = 0
+        self.steps = dict.fromkeys(sites, 0)
+        self.begins, self.ends = ({site: [] for site in sites} for _ in range(2))  # s: leaves off, goes off
+        self.measured: dict | None = None  # the last eval
+        self.end: str | None = None
+
+    def add(self, record: dict) -> "Tally":
+        kind = record["type"]
+        if kind == "commit":
+            self.tokens += record["tokens"]
+            self.rounds += 1
+            for site, ranges in record["batches"].items():
+                self.steps[site] += count(ranges)
+        elif kind == "cancel":
+            self.wasted_tokens += record.get("tokens", 0)
+        elif kind == "site" and record["to"] in ("provisioning", "off"):
+            (self.begins if record["to"] == "provisioning" else self.ends)[record["site"]].append(record["t_s"])
+        elif kind == "eval":
+            self.measured = record
+        elif kind == "end":
+            self.end = record["reason"]
+        return self
+
+    def starts(self, site: str, trained_s: np.ndarray) -> tuple[int, int]:
+        """How often a site was started, and how often it went off again without having trained. trained_s: when its
+        training intervals begin, sorted."""
+        begins, ends = np.array(self.begins[site]), np.array(self.ends[site] + [math.inf])
+        over = ends[np.searchsorted(ends, begins)]
+        trained = np.searchsorted(trained_s, over, side="right") - np.searchsorted(trained_s, begins)
+        return len(begins), int((trained == 0).sum())
+
+
+def summarize(tally: Tally, rows: "list[carbon.Interval] | carbon.Columns", steps: list[dict], cfg, traces) -> dict:
+    """The keys of summary.json from a journal's tally, intervals and the logged steps of all sites."""
+    columns = rows if isinstance(rows, dict) else carbon.columns(rows)
+    training = {n: (a[c == carbon.CODES["training"]], b[c == carbon.CODES["training"]]) for n, (c, a, b) in columns.items()}
+    runtime_s = max((float(ends[-1]) for _, ends in training.values() if len(ends)), default=0.0)
+    until = {n: (c[a < runtime_s], a[a < runtime_s], np.minimum(b[a < runtime_s], runtime_s)) for n, (c, a, b) in columns.items()}
+    spent, early = carbon.account(columns, cfg, traces), carbon.account(until, cfg, traces)
     train_h = sum(s["train_hours"] for s in spent["sites"].values())
-    committed_h = {n: k * config.step_s(cfg, n) / 3600 for n, k in steps_of.items()}
+    committed_h = {n: k * config.step_s(cfg, n) / 3600 for n, k in tally.steps.items()}
     if cfg.clock.mode == "wall":  # steps take what they take: credit training time by the share of tokens committed
-        share = tokens / max(1, tokens + wasted_tokens)
+        share = tally.tokens / max(1, tally.tokens + tally.wasted_tokens)
         committed_h = {n: spent["sites"][n]["train_hours"] * share for n in cfg.sites}
     sites = {}
     for name, s in spent["sites"].items():
-        starts, wasted_starts = count_starts(held, rows, name)
+        starts, wasted_starts = tally.starts(name, training.get(name, (np.empty(0),))[0])
         up_h = early["sites"][name]["up_hours"]
         sites[name] = {
-            "tokens": steps_of[name] * cfg.data.tokens_per_step, "steps": steps_of[name],
+            "tokens": tally.steps[name] * cfg.data.tokens_per_step, "steps": tally.steps[name],
             "train_site_hours": s["train_hours"], "up_site_hours": up_h, "goodput": committed_h[name] / up_h if up_h else None,
             "energy_kwh": s["energy_kwh"], "emissions_kg": s["emissions_kg"], "curtailed_share": s["curtailed_share"],
             "starts": starts, "wasted_starts": wasted_starts, "kwh_by_state": s["kwh_by_state"], "kg_by_state": s["kg_by_state"],
         }  # fmt: skip
     up_h = sum(s["up_site_hours"] for s in sites.values())
-    baselines, note = carbon.baselines(cfg, traces, tokens)
+    baselines, note = carbon.baselines(cfg, traces, tally.tokens)
+    measured = tally.measured or {"val_loss": None, "val_bpb": None}
     return {
-        "tokens": tokens, "steps": sum(steps_of.values()), "rounds": len(commits), "runtime_h": runtime_s / 3600,
+        "tokens": tally.tokens, "steps": sum(tally.steps.values()), "rounds": tally.rounds, "runtime_h": runtime_s / 3600,
         "train_site_hours": train_h, "up_site_hours": up_h, "goodput": sum(committed_h.values()) / up_h if up_h else None,
         "energy_kwh": spent["energy_kwh"], "emissions_kg": spent["emissions_kg"], "curtailed_share": spent["curtailed_share"],
         "emissions_with_pue_kg": spent["emissions_kg"] * cfg.carbon.pue, "sites": sites,
         "starts": sum(s["starts"] for s in sites.values()), "wasted_starts": sum(s["wasted_starts"] for s in sites.values()),
-        "wasted_tokens": wasted_tokens, "baselines": baselines, "baselines_note": note,
+        "wasted_tokens": tally.wasted_tokens, "baselines": baselines, "baselines_note": note,
         "floor_kg": {
             "lp": carbon.floor_lp(cfg, traces, train_h, runtime_s),
             "with_starts": carbon.floor_with_starts(cfg, traces, train_h, runtime_s),
         },
-        "val_loss": evals[-1]["val_loss"] if evals else None, "val_bpb": evals[-1]["val_bpb"] if evals else None,
-        "train_ppl_best": train_ppl_best(steps),
-        "end": next((r["reason"] for r in reversed(held) if r["type"] == "end"), None),
+        "val_loss": measured["val_loss"], "val_bpb": measured["val_bpb"], "train_ppl_best": train_ppl_best(steps), "end": tally.end,
         "provenance": carbon.provenance(cfg) | {
             "rule": "exact", "span": [carbon.iso(config.start_unix(cfg) + t) for t in (0.0, runtime_s)],
             "config_digest": config.train_digest(cfg), "schedule_digest": config.schedule_digest(cfg), "versions": config.versions(),
         },
     }  # fmt: skip
-
-
-def count_starts(held: list[dict], rows: list[carbon.Interval], site: str) -> tuple[int, int]:
-    """How often a site was started, and how often it went off again without having trained."""
-    begins = [r["t_s"] for r in held if r["type"] == "site" and r["site"] == site and r["to"] == "provisioning"]
-    ends = [r["t_s"] for r in held if r["type"] == "site" and r["site"] == site and r["to"] == "off"] + [math.inf]
-    wasted = 0
-    for begin in begins:
-        end = min(e for e in ends if e >= begin)
-        wasted += not any(r.site == site and r.state == "training" and begin <= r.start_s <= end for r in rows)
-    return len(begins), wasted
 
 
 def train_ppl_best(steps: list[dict]) -> float | None:
@@ -245,10 +263,12 @@ def load_steps(run_dir: Path, sites) -> list[dict]:
 
 
 def write_summary(run_dir: Path, cfg, traces) -> dict:
-    records = read_journal(run_dir / "journal.jsonl")
+    tally = Tally(cfg.sites)
+    for record in effective(read_journal(run_dir / "journal.jsonl")):
+        tally.add(record)
     rows = carbon.read_intervals(str(run_dir / "intervals.csv"))
     steps = load_steps(run_dir, cfg.sites)
-    summary = summarize(records, rows, steps, cfg, traces)
+    summary = summarize(tally, rows, steps, cfg, traces)
     stalls = [r["wall"]["stall_s"] for r in steps if "stall_s" in r["wall"]]
     times = [r["wall"]["unix"] for r in steps]
     p50, p95 = np.percentile(stalls, [50, 95]) if stalls else (None, None)

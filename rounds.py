@@ -19,6 +19,7 @@ A round, on a whiteboard:
 arrive at once and the machine waits until they are due. False (wall clock): reports arrive when they do.
 """
 
+import heapq
 from dataclasses import dataclass, field
 
 from carbon import Meter
@@ -98,6 +99,8 @@ class Run:
         self.sync_s = facts.sync_s  # wall: replaced by what was measured
         self.rates = dict(facts.rates)  # wall: likewise
         self.reason, self.code = "", 0
+        self._power = None  # what the sites' power was last derived from, and
+        self._touched: set[str] = set()  # whose own part in it has changed since
         self._records: list[dict] = []
         self._actions: list[Action] = []
 
@@ -174,6 +177,7 @@ class Run:
 
     def _moves(self, t: float, moves: list[Move]) -> None:
         for move in moves:
+            self._touched.add(move.site)
             self._record(t, "site", site=move.site, **{"from": move.was}, to=move.now, reason=move.reason,
                          mci_g_per_kwh=move.mci_g_per_kwh)  # fmt: skip
             if move.now == "provisioning":
@@ -193,16 +197,14 @@ class Run:
 
     # -- rounds -----------------------------------------------------------------------------------------------------
 
-    def _stop_time(self, site: str) -> float:
-        return min(self.schedule.known_stop(site), self.facts.end_s)
-
     def _step_s(self, site: str) -> float:
         return self.facts.step_s[site] if self.facts.timed else self.facts.tokens_per_step / self.rates[site]
 
     def _team(self, t: float) -> list[str]:
         """Sites that are on and have time for a step (and, with others, for the sync) before a stop known now."""
         on = [s for s, site in self.schedule.sites.items() if site.state == "on" and s not in self.leaving]
-        spare = {s: self._stop_time(s) - t - self._step_s(s) + ROUND_OFF for s in on}
+        stops, end_s = self.schedule.stops, self.facts.end_s
+        spare = {s: min(stops.get(s, end_s), end_s) - t - self._step_s(s) + ROUND_OFF for s in on}
         together = [s for s in on if spare[s] >= self.sync_s]
         if len(together) >= 2:
             return together
@@ -264,7 +266,7 @@ class Run:
                 length = min(length, max(span.values()))
         number = self.round
         self.now = Round(number, mode, members, t, t + length, leases)
-        self.phase = "train"
+        self.phase, self._power = "train", None
         rates = {s: self.rates[s] for s in members}
         self._record(t, "open", round=number, mode=mode, members=members, end_s=round(t + length, 6), leases=leases, rates=rates)
         self._actions.append(Action("open", None, {
@@ -288,11 +290,19 @@ class Run:
                 room[s] += room[s] // 4 + 1  # rates are estimates; more are leased when these run out
             if mode == "federated" and f.max_steps:
                 room[s] = min(room[s], f.max_steps)
-        given = dict.fromkeys(members, 0)
-        for _ in range(min(free, sum(room.values()))):  # next batch to whoever would finish it first
-            s = min((m for m in members if given[m] < room[m]), key=lambda m: ((given[m] + 1) * self._step_s(m), m))
-            given[s] += 1
-        return {s: self.ledger.lease(given[s]) for s in members}, given == room
+        full = sum(room.values()) <= free
+        given = room if full else dict.fromkeys(members, 0)
+        if not full:  # the next batch to whoever would finish it first
+            queue = [(self._step_s(s), s) for s in members if room[s]]
+            heapq.heapify(queue)
+            for _ in range(free):
+                _, s = queue[0]
+                given[s] += 1
+                if given[s] < room[s]:
+                    heapq.heapreplace(queue, ((given[s] + 1) * self._step_s(s), s))
+                else:
+                    heapq.heappop(queue)
+        return self.ledger.lease_each(given), full
 
     def more(self, t: float, site: str) -> None:
         """Wall: a member has used up its lease before the round's end."""
@@ -310,12 +320,11 @@ class Run:
     def _freeze_time(self) -> float:
         """When the open round must stop training: its planned end, a member's known stop, or a site to hand over to."""
         now = self.now
-        stops = [self._stop_time(s) for s in now.members]
+        stop = min((t for s, t in self.schedule.stops.items() if s in now.leases), default=INFINITY)
+        stop = min(stop, self.facts.end_s)
         if now.mode == "local":
-            if len(self._team(now.open_s)) > 1:
-                return -INFINITY
-            return min([now.end_s, *stops])
-        return min(now.end_s, min(stops) - self.sync_s)
+            return -INFINITY if len(self._team(now.open_s)) > 1 else min(now.end_s, stop)
+        return min(now.end_s, stop - self.sync_s)
 
     def _freeze(self, t: float) -> None:
         now = self.now
@@ -368,8 +377,8 @@ class Run:
 
     def _attempt(self, t: float) -> None:
         now, per_step = self.now, self.facts.tokens_per_step
-        joiners = [s for s, site in self.schedule.sites.items() if s not in now.members
-                   and self.holds.get(s) == now.number and site.state == "on" and s not in self.leaving]  # fmt: skip
+        joiners = [s for s, site in self.schedule.sites.items() if site.state == "on" and s not in now.leases
+                   and self.holds.get(s) == now.number and s not in self.leaving]  # fmt: skip
         now.attempt += 1
         now.taking_part = now.members + joiners
         now.tokens = {s: now.steps.get(s, 0) * per_step for s in now.taking_part}
@@ -404,12 +413,12 @@ class Run:
 
     def _commit(self, t: float) -> None:
         now = self.now
-        batches = {}
+        batches, rests = {}, []
         for site in now.members:
-            used, rest = split(now.leases[site], now.steps[site])
-            self.ledger.give_back(rest)
-            self.ledger.commit(used)
-            batches[site] = used
+            batches[site], rest = split(now.leases[site], now.steps[site])
+            rests += rest
+        self.ledger.give_back(rests)
+        self.ledger.commit([part for used in batches.values() for part in used])
         self.round += 1
         self.holds |= dict.fromkeys(now.taking_part, self.round)
         digest = next(iter(now.votes.values()))
@@ -481,12 +490,12 @@ class Run:
         """No process answers for a site: it is left out until one does (wall) or until its next window (virtual, where
         all must follow from records)."""
         self._record(t, "fault", site=site, kind="absent", action=f"left out: {why}")
-        self.schedule.sites[site].absent = why
+        self.schedule.set_absent(site, why)
         self._moves(t, self.schedule.stop(t, site, why))
         self._set_power(t)
 
     def present(self, site: str) -> None:
-        self.schedule.sites[site].absent = ""
+        self.schedule.set_absent(site, "")
 
     def lost(self, t: float, site: str, why: str) -> None:
         """A process died or fell silent. If it had a part in the run, the run stops here, resumable."""
@@ -553,6 +562,7 @@ class Run:
             if site in [p["site"] for p in self.pending]:
                 continue
             self.leaving.discard(site)
+            self._touched.add(site)
             self._drop(site)
 
     def _drop(self, site: str) -> None:
@@ -563,15 +573,22 @@ class Run:
     # -- power and records ------------------------------------------------------------------------------------------
 
     def _set_power(self, t: float) -> None:
-        for name, site in self.schedule.sites.items():
-            now, state = self.now, site.state
-            if self.phase in ("train", "freezing") and name in now.members and name not in now.steps:
+        """The power state of every site whose part in the run has changed."""
+        phase = "train" if self.phase == "freezing" else self.phase
+        now, derived_from = self.now, (phase, self.round, self.now and self.now.attempt)
+        if derived_from != self._power:
+            self._power = derived_from
+            self._touched |= self.schedule.up | self.leaving
+        for name in self._touched:
+            state = self.schedule.sites[name].state
+            if phase == "train" and name in now.leases and name not in now.steps:
                 state = "training"
-            elif (self.phase == "reduce" and name in now.taking_part) or (self.phase == "handover" and state == "on"):
+            elif (phase == "reduce" and name in now.tokens) or (phase == "handover" and state == "on"):
                 state = "syncing"
             elif name in self.leaving or state == "on":
                 state = "waiting"
             self.meter.set(t, name, state)
+        self._touched.clear()
 
     def _record(self, t: float, type_: str, /, **fields) -> None:
         self._records.append({"t_s": round(t, 6), "type": type_} | fields)

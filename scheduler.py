@@ -8,7 +8,11 @@ Pure: no clock, no sockets, no files. Times are seconds since clock.start. The l
 simulator call this same code, so that fed the same observations they decide alike.
 """
 
+import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
 
 INFINITY = float("inf")
 
@@ -45,6 +49,11 @@ class Threshold:
         if mci < self.on:
             return "start"
         return "stop" if mci > self.off else "keep"
+
+    def matters(self, values: np.ndarray) -> np.ndarray:
+        """(n,) bool: the samples of a trace (n,) that can change a decision made at the sample before."""
+        kind = np.where(values < self.on, 0, np.where(values > self.off, 2, 1))
+        return np.append(True, kind[1:] != kind[:-1])
 
     def delay_s(self, mci: float | None, up: bool) -> float:
         if mci is None:
@@ -96,8 +105,14 @@ class Schedule:
     """States of all sites. `timed`: provisioning and start-up take what the config says (virtual clock, simulator);
     else `provisioned` and `started` report when they are over (wall clock)."""
 
-    def __init__(self, policy: Threshold, sites: dict[str, Site], timed: bool):
-        self.policy, self.sites, self.timed = policy, sites, timed
+    def __init__(self, policy: Threshold, sites: dict[str, Site], timed: bool, mci_at: Callable[[str, float], float | None] | None = None):
+        """mci_at(site, t): the intensity to report with a move, where only the samples that matter are observed."""
+        self.policy, self.sites, self.timed, self.mci_at = policy, sites, timed, mci_at
+        self.up: set[str] = set()  # sites in any state but off
+        self.stops: dict[str, float] = {}  # sites that are up and will stop, as far as is known now -> when
+        self._order = {name: i for i, name in enumerate(sites)}
+        self._next = dict.fromkeys(sites, INFINITY)  # when something is due at a site
+        self._queue: list[tuple[float, int, str]] = []  # the same, earliest first; entries that differ are stale
 
     def observe(self, t: float, name: str, mci: float | None) -> None:
         """A new sample: it may set the mark of a pending start or stop, or lift it. Decides nothing yet."""
@@ -110,6 +125,11 @@ class Schedule:
                 site.absent = ""  # its window is over; the next one is a new chance
         elif site.mark_s is None or (up and site.mark_mci is None and mci is not None):
             site.mark_s, site.mark_mci = t, mci
+        self._plan(name)
+
+    def set_absent(self, name: str, why: str) -> None:
+        self.sites[name].absent = why
+        self._plan(name)
 
     def _due(self, site: Site) -> float:
         """When the pending start or stop happens if no sample changes it; infinity if none is pending."""
@@ -121,37 +141,58 @@ class Schedule:
 
     def known_stop(self, name: str) -> float:
         """When a site that is up will stop, as far as is known now; infinity if nothing is pending."""
+        return self.stops.get(name, INFINITY)
+
+    def _plan(self, name: str) -> None:
+        """Something about a site has changed: when is its next move due?"""
         site = self.sites[name]
-        return self._due(site) if site.state != "off" else INFINITY
+        due = t = self._due(site)
+        if site.state == "off":
+            self.stops.pop(name, None)
+            if site.absent:
+                t = INFINITY
+        elif due < INFINITY:
+            self.stops[name] = due
+        else:
+            self.stops.pop(name, None)
+        if self.timed and site.state == "provisioning":
+            t = min(t, site.since_s + site.provision_s)
+        if self.timed and site.state == "starting":
+            t = min(t, site.since_s + site.startup_s)
+        if t != self._next[name]:
+            self._next[name] = t
+            if t < INFINITY:
+                heapq.heappush(self._queue, (t, self._order[name], name))
 
     def next_time(self) -> float:
         """The earliest moment at which `advance` would do something, if no sample came before."""
-        times = [INFINITY]
-        for site in self.sites.values():
-            if site.absent and site.state == "off":
-                continue
-            times.append(self._due(site))
-            if self.timed and site.state == "provisioning":
-                times.append(site.since_s + site.provision_s)
-            if self.timed and site.state == "starting":
-                times.append(site.since_s + site.startup_s)
-        return min(times)
+        queue = self._queue
+        while queue and self._next[queue[0][2]] != queue[0][0]:
+            heapq.heappop(queue)
+        return queue[0][0] if queue else INFINITY
 
     def advance(self, t: float) -> list[Move]:
         """Carry out everything due by t, in site order."""
-        moves = []
-        for name, site in self.sites.items():
+        if self.next_time() > t:
+            return []
+        due, moves = set(), []
+        while self.next_time() <= t:
+            due.add(name := heapq.heappop(self._queue)[2])
+            self._next[name] = INFINITY  # planned anew below
+        for name in sorted(due, key=self._order.get):
+            site = self.sites[name]
             if self._due(site) <= t and not (site.absent and site.state == "off"):
                 if site.state != "off":
                     reason = self.policy.stop_reason(site.mark_mci)
                     moves.append(self._move(t, name, "off", reason))
                     self._re_mark(t, name)
                 else:
-                    moves.append(self._move(t, name, "provisioning", self.policy.start_reason(site.mci)))
+                    moves.append(self._move(t, name, "provisioning", self.policy.start_reason(self._mci(t, name))))
             if self.timed and site.state == "provisioning" and site.since_s + site.provision_s <= t:
                 moves.append(self._move(t, name, "starting", f"provisioned in {site.provision_s:.0f} s"))
             if self.timed and site.state == "starting" and site.since_s + site.startup_s <= t:
                 moves.append(self._move(t, name, "on", f"started in {site.startup_s:.0f} s"))
+            self._plan(name)
         return moves
 
     def provisioned(self, t: float, name: str) -> list[Move]:
@@ -177,12 +218,18 @@ class Schedule:
         site = self.sites[name]
         if site.mci is not None and self.policy.wants(site.mci, up=False) == "start":
             site.mark_s, site.mark_mci = t, site.mci
+            self._plan(name)
+
+    def _mci(self, t: float, name: str) -> float | None:
+        return self.mci_at(name, t) if self.mci_at else self.sites[name].mci
 
     def _move(self, t: float, name: str, to: str, reason: str) -> Move:
         site = self.sites[name]
-        move = Move(t, name, site.state, to, reason, site.mci)
+        move = Move(t, name, site.state, to, reason, self._mci(t, name))
         if "off" in (site.state, to):
+            (self.up.discard if to == "off" else self.up.add)(name)
             site.mark_s = site.mark_mci = None
             site.up_since_s = t
         site.state, site.since_s = to, t
+        self._plan(name)
         return move

@@ -8,6 +8,8 @@ trained n steps" in the place of real sites. The coordinator's virtual clock is 
 
 import json
 
+import numpy as np
+
 import config
 import report
 from carbon import Meter, Trace, load_traces
@@ -17,39 +19,57 @@ from scheduler import INFINITY, Schedule, Site, policy_of
 
 def new_run(cfg, traces: dict[str, Trace]) -> tuple[Run, "Samples"]:
     """The machine of a run at its very start, and the samples that drive it. traces: region -> Trace."""
-    start = config.start_unix(cfg)
+    start, timed = config.start_unix(cfg), cfg.clock.mode == "virtual"
     by_site = {name: traces[site.region] for name, site in cfg.sites.items()}
     end_s = min(float(min(t.end for t in by_site.values()) - start), (cfg.clock.max_hours or INFINITY) * 3600)
     policy = policy_of(cfg.policy, max(t.step_s for t in by_site.values()))
     sites = {name: Site(s.provision_s, s.startup_s) for name, s in cfg.sites.items()}
-    schedule = Schedule(policy, sites, timed=cfg.clock.mode == "virtual")
-    return Run(facts_of(cfg, end_s), schedule, Meter(list(sites))), Samples(by_site, start)
+    samples = Samples(by_site, start, end_s, policy.matters if timed else None)
+    schedule = Schedule(policy, sites, timed, samples.at if timed else None)
+    return Run(facts_of(cfg, end_s), schedule, Meter(list(sites))), samples
 
 
 class Samples:
-    """What the sites' grids report, in time order, as seconds since clock.start. Ends with unknown."""
+    """What the sites' grids report, in time order, as seconds since clock.start. A trace that ends says unknown."""
 
-    def __init__(self, traces: dict, start_unix: int):
-        """traces: site -> carbon.Trace."""
-        events = []
-        for order, (site, trace) in enumerate(traces.items()):
-            events.append((0.0, order, site, trace.at(start_unix)))
-            later = trace.starts > start_unix
-            events += [(float(s - start_unix), order, site, float(v)) for s, v in zip(trace.starts[later], trace.values[later])]
-            events.append((float(trace.end - start_unix), order, site, None))
-        self._events = sorted(events, key=lambda e: e[:2])
-        self._next = 0
+    def __init__(self, traces: dict[str, Trace], start_unix: int, until_s: float = INFINITY, matters=None):
+        """traces: site -> carbon.Trace; matters(values) -> bool per sample: hand out only these (and a site's first)."""
+        self._traces, self._start, self._sites = traces, start_unix, list(traces)
+        times, values, owners = [], [], []
+        for order, trace in enumerate(traces.values()):
+            first = int(np.searchsorted(trace.starts, start_unix, side="right")) - 1
+            last = int(np.searchsorted(trace.starts, start_unix + until_s, side="right"))
+            some = trace.values[first:last]
+            kept = np.arange(len(some)) if matters is None else np.flatnonzero(matters(some))
+            t = trace.starts[first:last][kept].astype(float) - start_unix
+            t[0] = 0.0
+            times += [t, [float(trace.end - start_unix)]]
+            values += [some[kept], [np.nan]]
+            owners.append(np.full(len(kept) + 1, order))
+        times, values, owners = np.concatenate(times), np.concatenate(values), np.concatenate(owners)
+        order = np.lexsort((owners, times))
+        self._times, self._values, self._owners = times[order], values[order], owners[order]
+        self._next, self._next_time = 0, float(self._times[0]) if len(times) else INFINITY
+
+    def at(self, site: str, t: float) -> float | None:
+        """gCO2/kWh at a site, t seconds from clock.start; None past the trace's end."""
+        trace, unix = self._traces[site], self._start + t
+        if unix >= trace.end:
+            return None
+        return float(trace.values[np.searchsorted(trace.starts, unix, side="right") - 1])
 
     def next_time(self) -> float:
-        return self._events[self._next][0] if self._next < len(self._events) else INFINITY
+        return self._next_time
 
     def due(self, t: float) -> list[tuple[str, float | None]]:
         """(site, gCO2/kWh or None) of every sample at or before t not handed out yet."""
         out = []
-        while self.next_time() <= t:
-            _, _, site, value = self._events[self._next]
-            out.append((site, value))
-            self._next += 1
+        while self._next_time <= t:
+            i = self._next
+            value = float(self._values[i])
+            out.append((self._sites[self._owners[i]], None if value != value else value))
+            self._next = i + 1
+            self._next_time = float(self._times[i + 1]) if i + 1 < len(self._times) else INFINITY
         return out
 
 
@@ -98,19 +118,23 @@ def drive(run: Run, samples: Samples, execute=imagine, journal=lambda records: N
         t = max(t, min(run.next_time(), samples.next_time()))
 
 
-def simulate(cfg, traces: dict[str, Trace] | None = None) -> dict:
-    """The summary of the run this config would make, with its decisions; nothing is trained."""
+def simulate(cfg, traces: dict[str, Trace] | None = None, decisions: bool = True) -> dict:
+    """The summary of the run this config would make, with its decisions unless told otherwise; nothing is trained."""
     traces = traces or load_traces(cfg)
     run, samples = new_run(cfg, traces)
-    records: list[dict] = [{"t_s": 0.0, "type": "genesis", "digest": ""}]
-    drive(run, samples, journal=records.extend)
-    rows = run.meter.closed(records[-1]["t_s"])
-    summary = report.summarize(records, rows, [], cfg, traces)
-    events = [r for r in records if r["type"] in ("site", "open", "commit", "cancel", "end")]
-    summary["decisions"] = [
-        {"t_s": r["t_s"], "site": r.get("site"), "event": r.get("to", r["type"]), "reason": r.get("reason") or _why(r)} for r in events
-    ]
-    return summary | {"exit": run.code}
+    tally, told, over_s = report.Tally(cfg.sites), [], 0.0
+
+    def take(records: list[dict]) -> None:
+        nonlocal over_s
+        for r in records:
+            over_s = r["t_s"]
+            tally.add(r)
+            if decisions and r["type"] in ("site", "open", "commit", "cancel", "end"):
+                told.append({"t_s": r["t_s"], "site": r.get("site"), "event": r.get("to", r["type"]), "reason": r.get("reason") or _why(r)})
+
+    drive(run, samples, journal=take)
+    summary = report.summarize(tally, run.meter.columns(over_s), [], cfg, traces)
+    return summary | ({"decisions": told} if decisions else {}) | {"exit": run.code}
 
 
 def _why(record: dict) -> str:

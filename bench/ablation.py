@@ -39,14 +39,14 @@ BASE = ["rounds.train_s=584", "rounds.sync_s=30", "rounds.commit_every_s=600", "
         "rounds.split_steps=false"]  # fmt: skip
 PAPER = ["rounds.train_s=515", "rounds.sync_s=130", "rounds.commit_every_s=null", "rounds.outer=none",
          "rounds.inner_state=reset", "rounds.lr_position=own"]  # fmt: skip
-SPLIT = ["rounds.split_steps=true"]
+SPLIT, AVERAGE = ["rounds.split_steps=true"], ["rounds.outer=none"]
 
 # name: (what it is, overrides of BASE, Trial)
 VARIANTS = {
     "centralized": ("one site without pause, the yardstick", ["only=[california]", "policy.name=always"], Trial()),
     "paper": ("the paper's protocol", PAPER, Trial()),
     "base": ("DiLoCo-style 1.0 / 0.3, inner state kept, LR position global", [], Trial()),
-    "average": ("plain averaging", ["rounds.outer=none"], Trial()),
+    "average": ("plain averaging", AVERAGE, Trial()),
     "reset": ("inner state reset every round", ["rounds.inner_state=reset"], Trial()),
     "local-outer": ("the outer step on local rounds too", ["rounds.local=outer"], Trial()),
     "outer-0.7-0.9": ("outer lr 0.7, momentum 0.9 (DiLoCo)", ["rounds.outer_lr=0.7", "rounds.outer_momentum=0.9"], Trial()),
@@ -59,10 +59,15 @@ VARIANTS = {
     "lr-sqrt": ("learning rate x sqrt(sites)", [], Trial(federated_lr=0.5)),
     "hand-over": ("inner state handed over to joiners", [], Trial(hand_over_inner=True)),
     "split": ("a step's tokens split over the members", SPLIT, Trial()),
-    "split-average": ("split, plain averaging", [*SPLIT, "rounds.outer=none"], Trial()),
+    "split-average": ("split, plain averaging", [*SPLIT, *AVERAGE], Trial()),
     "split-hand-over": ("split, inner state handed over", SPLIT, Trial(hand_over_inner=True)),
     "split-lr-down": ("split, learning rate / sqrt(sites)", SPLIT, Trial(federated_lr=-0.5)),
     "split-rounds-half": ("split, rounds half as long", [*SPLIT, "rounds.train_s=277"], Trial()),
+    "average-half": ("plain averaging, rounds half as long", [*AVERAGE, "rounds.train_s=277"], Trial()),
+    "split-average-lr-down": ("split, plain averaging, learning rate / sqrt(sites)", [*SPLIT, *AVERAGE], Trial(federated_lr=-0.5)),
+    "split-average-half": ("split, plain averaging, rounds half as long", [*SPLIT, *AVERAGE, "rounds.train_s=277"], Trial()),
+    "split-average-half-lr-down": ("the same, learning rate / sqrt(sites)", [*SPLIT, *AVERAGE, "rounds.train_s=277"],
+                                   Trial(federated_lr=-0.5)),
 }  # fmt: skip
 
 
