@@ -2,7 +2,8 @@
 
     cfg = load(["configs/demo.yaml", "rounds.outer=none", "run=mine"])
 
-Layers: defaults here < the YAML file < key=value on the command line (OmegaConf over dataclasses, then read-only).
+Layers: defaults here < the file a YAML file names as its `base:` < the YAML file < key=value on the command line (OmegaConf
+over dataclasses, then read-only).
 An unknown key, a wrong type or a value out of bounds raises BadInput, which `command` turns into one line and exit
 code 2, before anything is started or written.
 """
@@ -240,7 +241,7 @@ def load(argv: list[str]) -> Config:
             raise BadInput(f"argument {arg!r} is not of the form key=value")
     try:
         cfg = OmegaConf.structured(Config)
-        cfg = OmegaConf.merge(cfg, OmegaConf.load(path))
+        cfg = OmegaConf.merge(cfg, *_layers(path))
         known = list(cfg.sites)
         cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(argv[1:])))
         if extra := [name for name in cfg.sites if name not in known]:
@@ -255,6 +256,17 @@ def load(argv: list[str]) -> Config:
         cfg.sites = {name: cfg.sites[name] for name in cfg.sites if name in cfg.only}
     OmegaConf.set_readonly(cfg, True)
     return cfg
+
+
+def _layers(path: Path, above: tuple = ()) -> list:
+    """A YAML file below what its `base:` names (a path relative to it), and so on down."""
+    if not path.is_file():
+        raise BadInput(f"{above[-1]}: base: {path} does not exist; it is relative to the file that names it")
+    if path.resolve() in above:
+        raise BadInput(f"{path}: base: leads back to itself")
+    layer = OmegaConf.load(path)
+    base = layer.pop("base", None) if OmegaConf.is_dict(layer) else None
+    return (_layers(path.parent / str(base), (*above, path.resolve())) if base else []) + [layer]
 
 
 def _check(cfg: Config) -> None:

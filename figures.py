@@ -1,12 +1,15 @@
-"""Figures of a run, from its files alone.
+"""Figures, table and report of runs, from their folders alone.
 
-    python figures.py runs/demo [--out DIR]
+    python figures.py runs/demo [runs/paper ...] [--out DIR]
 
-timeline.png (and .pdf): marginal carbon intensity of the regions with the policy's threshold on top, below it one loss
-panel per site, which trains only inside its windows; the run's modes are marked along the top. Readable in grey. The
-command that made a figure stands in its metadata.
+Of each run: timeline (grids above, who trained below) and power (kW and kgCO2/h over time). Of all runs together:
+perplexity (over time), emissions (beside the baselines and the floor), curtailed (share of the energy inside windows),
+loss_over_kgco2, and table.md. Each as PNG and PDF with the command that made it in its metadata; report.html holds all
+of it, with configs and provenance, in one file that needs no network. Readable in grey.
 """
 
+import base64
+import html
 import shlex
 import sys
 from pathlib import Path
@@ -30,19 +33,25 @@ INK = "#22313f"
 COLORS = ["#d1495b", "#2e86ab", "#e39b2d", "#5b8c5a", "#7d5ba6", "#6b705c"]
 LINES = ["-", "--", "-.", ":"]
 WINDOW = "#e9f2e4"
+RUN_COLORS = ["#1b4965", "#d1495b", "#e39b2d", "#5b8c5a", "#7d5ba6", "#6b705c"]
+MARKERS, HATCHES = ["o", "s", "^", "D", "v", "P"], ["", "///", "...", "xx", "\\\\\\", "++"]
 MODES = {"local": "#9fc6de", "federated": "#2f6690", "paused": "#e8e8e8"}
 
 
 def load(run_dir: Path) -> dict:
-    """A run's config, traces, records, intervals and steps. Raises BadInput when one is missing."""
+    """A run's config, traces, records, intervals, steps and summary. Raises BadInput when one is missing."""
     for name in ("config.yaml", "journal.jsonl", "intervals.csv"):
         if not (run_dir / name).is_file():
             raise BadInput(f"{run_dir}/{name} does not exist; is {run_dir} the folder of a run that has started?")
     cfg = OmegaConf.merge(OmegaConf.structured(config.Config), OmegaConf.load(run_dir / "config.yaml"))
-    return {
+    run = {
         "dir": run_dir, "cfg": cfg, "traces": carbon.load_traces(cfg), "records": effective(read_journal(run_dir / "journal.jsonl")),
         "rows": carbon.read_intervals(str(run_dir / "intervals.csv")), "steps": report.load_steps(run_dir, cfg.sites),
     }  # fmt: skip
+    tally = report.Tally(cfg.sites)
+    for record in run["records"]:
+        tally.add(record)
+    return run | {"summary": report.summarize(tally, run["rows"], run["steps"], cfg, run["traces"])}
 
 
 def moment(unix: float):
@@ -146,12 +155,264 @@ def runs_of(trained: list[carbon.Interval], gap_s: float = 300.0) -> list[tuple[
     return [tuple(pair) for pair in out]
 
 
-def save(fig, folder: Path, name: str) -> None:
+# ---------------------------------------------------------------------------------------------------------------------
+# Power, energy and emissions
+
+
+def draw(run: dict, site: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a site drew: edges (n + 1,) s since clock.start, kW (n,), gCO2/kWh (n,), constant in between."""
+    cfg, start = run["cfg"], config.start_unix(run["cfg"])
+    spec, trace = cfg.sites[site], run["traces"][cfg.sites[site].region]
+    rows = run["rows"]
+    codes, begins, ends = (rows if isinstance(rows, dict) else carbon.columns(rows))[site]
+    samples = trace.starts[(trace.starts > start) & (trace.starts < start + ends[-1])] - start
+    edges = np.unique(np.concatenate((begins, ends, samples.astype(float))))
+    kw = np.array([carbon.power_kw(spec, state) for state in carbon.STATES])
+    now = codes[np.searchsorted(begins, edges[:-1], side="right") - 1]
+    last = np.searchsorted(trace.starts, start + edges[:-1], side="right") - 1
+    return edges, kw[now], trace.values[last]
+
+
+def emitted_kg(run: dict, times: np.ndarray) -> np.ndarray:
+    """kgCO2 of all sites from the start to each of the times (s since clock.start)."""
+    total = np.zeros(len(times))
+    for site in run["cfg"].sites:
+        edges, kw, mci = draw(run, site)
+        grown = np.concatenate(([0.0], np.cumsum(kw * mci * np.diff(edges)))) / 3.6e6
+        total += np.interp(times, edges, grown)
+    return total
+
+
+def clock_axis(axis, start: int, end_s: float) -> None:
+    axis.set_xlim(moment(start), moment(start + end_s))
+    axis.xaxis.set_major_locator(mdates.AutoDateLocator(minticks=5, maxticks=10))
+    axis.xaxis.set_major_formatter(mdates.DateFormatter("%H:%M"))
+
+
+def bare(*axes) -> None:
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8.5)
+
+
+def power(run: dict):
+    """Power of each site, and below it the emission rate of all, over time."""
+    start, end_s, sites = config.start_unix(run["cfg"]), max(r.end_s for r in run["rows"]), list(run["cfg"].sites)
+    heights = [1] * len(sites) + [1.9]
+    fig, axes = plt.subplots(len(heights), 1, sharex=True, figsize=(10.5, 2.4 + 0.85 * len(sites)),
+                             gridspec_kw={"hspace": 0.18, "height_ratios": heights})  # fmt: skip
+    panels, rate = axes[:-1], axes[-1]
+    most = max(run["cfg"].sites[s].train_kw for s in sites)
+    for i, (panel, site) in enumerate(zip(panels, sites)):
+        edges, kw, mci = draw(run, site)
+        when, color = [moment(start + t) for t in edges], COLORS[i % len(COLORS)]
+        panel.fill_between(when, np.append(kw, kw[-1]), step="post", color=color, alpha=0.75, lw=0)
+        panel.set_ylim(0, 1.15 * most)
+        panel.set_ylabel(f"{site.replace('_', chr(10))}\nkW", fontsize=8.5)
+        rate.step(when, np.append(kw * mci, 0.0) / 1000, where="post", color=color, ls=LINES[i % len(LINES)], lw=1.5,
+                  label=site.replace("_", " "))  # fmt: skip
+    rate.set_ylabel("kgCO$_2$/h")
+    rate.set_ylim(bottom=0)
+    clock_axis(rate, start, end_s)
+    rate.set_xlabel(f"UTC, from {carbon.iso(start)[:10]}")
+    fig.legend(*rate.get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 0.89), ncols=6, frameon=False, fontsize=9)
+    bare(*axes)
+    fig.align_ylabels(axes)
+    return fig
+
+
+def bars(labels: list[str], form: str, unit: str):
+    """Axes for horizontal bars, one a label, with room for the numbers at their ends."""
+    fig, axis = plt.subplots(figsize=(8.5, 0.9 + 0.42 * len(labels)))
+    axis.set_yticks(range(len(labels)), labels, fontsize=9)
+    axis.invert_yaxis()
+    bare(axis)
+
+    def put(i: int, value: float, at: float | None = None, **style) -> None:
+        axis.barh(i, value, height=0.62, **{"edgecolor": INK, "lw": 0.6} | style)
+        axis.text(value if at is None else at, i, "  " + format(value, form) + unit, va="center", fontsize=8.5, color=INK)
+
+    return fig, axis, put
+
+
+def emissions(runs: list[dict]):
+    """Total kgCO2 of each run beside the same tokens at one site without pause, and the floor."""
+    first = next((r for r in runs if r["summary"]["baselines"]), runs[0])
+    alone = first["summary"]["baselines"] or {}
+    labels = [r["cfg"].run for r in runs] + [f"{region} alone, always on" for region in alone]
+    fig, axis, put = bars(labels, ".2f", "")
+    for i, run in enumerate(runs):
+        put(i, run["summary"]["emissions_kg"], color=RUN_COLORS[0])
+        floor = run["summary"]["floor_kg"]["lp"]
+        if floor is not None:
+            axis.plot([floor, floor], [i - 0.4, i + 0.4], color="black", lw=2, label="floor: the least by the same hour" if not i else None)
+    for i, kg in enumerate(alone.values(), len(runs)):
+        put(i, kg, color="#d9dde0", hatch="///")
+    axis.set_xlim(0, 1.14 * max([r["summary"]["emissions_kg"] for r in runs] + list(alone.values())))
+    axis.set_xlabel("emissions of the whole run, kgCO$_2$")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9)
+    return fig
+
+
+def curtailed(runs: list[dict]):
+    """Share of the energy drawn inside windows, for each run and for one site without pause."""
+    first = runs[0]
+    start, spec = config.start_unix(first["cfg"]), next(iter(first["cfg"].sites.values()))
+    low, alone = first["cfg"].carbon.curtailed_below_g_per_kwh, {}
+    seconds = first["summary"]["tokens"] / spec.tokens_per_s
+    for region in first["cfg"].carbon.baseline_regions:
+        trace = first["traces"][region]
+        if start + seconds <= trace.end and seconds:
+            inside = trace.seconds_below(low, np.array([float(start)]), np.array([start + seconds]))[0]
+            alone[f"{region} alone, always on"] = inside / seconds
+    shares = {r["cfg"].run: r["summary"]["curtailed_share"] or 0.0 for r in runs}
+    fig, axis, put = bars(list(shares) + list(alone), ".1f", " %")
+    for i, share in enumerate([*shares.values(), *alone.values()]):
+        axis.barh(i, 100, height=0.62, color="white", edgecolor="#9aa3ab", lw=0.6)
+        put(i, 100 * share, at=100, color=RUN_COLORS[3] if i < len(shares) else "#d9dde0", hatch="" if i < len(shares) else "///")
+    axis.set_xlim(0, 116)
+    axis.set_xlabel(f"energy drawn below {low:g} gCO$_2$/kWh, % of the whole")
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+def smoothed(run: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(s since clock.start, EMA of the train loss) over the logged steps of all sites in time order."""
+    steps = sorted(run["steps"], key=lambda r: (r["t_s"], r["site"]))
+    out, smooth = [], None
+    for record in steps:
+        smooth = record["loss"] if smooth is None else report.EMA * smooth + (1 - report.EMA) * record["loss"]
+        out.append(smooth)
+    return np.array([r["t_s"] for r in steps]), np.array(out)
+
+
+def lines_of(runs: list[dict], over, xlabel: str, transform, ylabel: str):
+    """One line a run of its smoothed train loss, over what `over(run, times)` says."""
+    fig, axis = plt.subplots(figsize=(8.5, 4.4))
+    tails = []
+    for i, run in enumerate(runs):
+        times, losses = smoothed(run)
+        if not len(times):
+            continue
+        x, y = over(run, times), transform(losses)
+        axis.plot(x, y, color=RUN_COLORS[i % 6], ls=LINES[i % 4], lw=1.6, marker=MARKERS[i % 6], ms=5,
+                  markevery=max(1, len(x) // 12), label=run["cfg"].run)  # fmt: skip
+        tails.append(y[len(y) // 8 :])
+    if tails:
+        low, high = min(t.min() for t in tails), max(t.max() for t in tails)
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize=9)
+    axis.set_xlim(left=0)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.grid(color="#e6e6e6", lw=0.6)
+    bare(axis)
+    return fig
+
+
+def perplexity(runs: list[dict]):
+    """Smoothed train perplexity over the hours since the start."""
+    return lines_of(runs, lambda run, t: t / 3600, "hours since the start", np.exp, "train perplexity (EMA 0.99)")
+
+
+def loss_over_kgco2(runs: list[dict]):
+    """Smoothed train loss over the kgCO2 spent for it; a ring: the final validation loss."""
+    fig = lines_of(runs, emitted_kg, "emissions so far, kgCO$_2$", lambda y: y, "train loss (EMA 0.99), nats/token")
+    axis = fig.axes[0]
+    measured = [(i, r["summary"]) for i, r in enumerate(runs) if r["summary"]["val_loss"] is not None and r["steps"]]
+    for i, s in measured:
+        axis.plot(s["emissions_kg"], s["val_loss"], MARKERS[i % 6], ms=10, mfc="none", mec=RUN_COLORS[i % 6], mew=2, clip_on=False)
+    if measured:
+        low, high = axis.get_ylim()
+        losses = [s["val_loss"] for _, s in measured]
+        axis.set_ylim(min(low, min(losses) - 0.05 * (high - low)), max(high, max(losses)))
+        axis.set_xlim(right=1.05 * max(r["summary"]["emissions_kg"] for r in runs))
+        axis.set_xlabel("emissions so far, kgCO$_2$ (large open marks: validation loss at the end)")
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Table and report
+
+COLUMNS = ("scenario", "runtime, h", "training site-hours", "energy, kWh", "emissions, kgCO2", "best smoothed train perplexity",
+           "validation loss, nats/token", "simulated")  # fmt: skip
+
+
+def cells(run: dict) -> list[str]:
+    s = run["summary"]
+    numbers = [(s["runtime_h"], ".2f"), (s["train_site_hours"], ".2f"), (s["energy_kwh"], ".2f"), (s["emissions_kg"], ".3f"),
+               (s["train_ppl_best"], ".3f"), (s["val_loss"], ".4f")]  # fmt: skip
+    return [run["cfg"].run, *("" if v is None else format(v, form) for v, form in numbers), "" if run["steps"] else "yes"]
+
+
+def table(runs: list[dict]) -> str:
+    """The runs side by side, as Markdown."""
+    lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 2), "---"], *map(cells, runs)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#22313f;max-width:62rem;margin:2rem auto;padding:0 1rem}
+img{max-width:100%}table{border-collapse:collapse;font-size:.9rem}td,th{border-bottom:1px solid #ccd;padding:.3rem .6rem;
+text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#f4f6f7;padding:1rem;overflow:auto;font-size:.8rem}
+figcaption{color:#566;font-size:.9rem;margin-bottom:2rem}"""
+
+
+def page(runs: list[dict], pictures: list[tuple[str, str, Path]]) -> str:
+    """report.html: table, figures, configs and provenance in one file. pictures: (title, what it shows, PNG)."""
+    e = html.escape
+    head = "".join(f"<th>{e(c)}</th>" for c in COLUMNS)
+    body = "".join("<tr>" + "".join(f"<td>{e(c)}</td>" for c in cells(run)) + "</tr>" for run in runs)
+    parts = [f"<h1>{e(', '.join(r['cfg'].run for r in runs))}</h1>", f"<table><tr>{head}</tr>{body}</table>"]
+    for title, shows, path in pictures:
+        data = base64.b64encode(path.read_bytes()).decode()
+        parts.append(f"<figure><h2>{e(title)}</h2><img alt='{e(shows)}' src='data:image/png;base64,{data}'>"
+                     f"<figcaption>{e(shows)}</figcaption></figure>")  # fmt: skip
+    for run in runs:
+        provenance = OmegaConf.to_yaml(OmegaConf.create(run["summary"]["provenance"]))
+        parts.append(f"<h2>{e(run['cfg'].run)}: provenance</h2><pre>{e(provenance)}</pre>")
+        parts.append(f"<details><summary>{e(run['cfg'].run)}: config</summary><pre>{e(OmegaConf.to_yaml(run['cfg']))}</pre></details>")
+    parts.append(f"<p>Made by <code>{e(command())}</code></p>")
+    title = e(" / ".join(r["cfg"].run for r in runs))
+    return (f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{STYLE}</style>"
+            f"<body>{''.join(parts)}</body></html>\n")  # fmt: skip
+
+
+def command() -> str:
+    return "python figures.py " + shlex.join(sys.argv[1:])
+
+
+def save(fig, folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    command = "python figures.py " + shlex.join(sys.argv[1:])
-    fig.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight", metadata={"Description": command})
-    fig.savefig(folder / f"{name}.pdf", bbox_inches="tight", metadata={"Subject": command})
+    fig.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight", metadata={"Description": command()})
+    fig.savefig(folder / f"{name}.pdf", bbox_inches="tight", metadata={"Subject": command(), "CreationDate": None})
     plt.close(fig)
+    return folder / f"{name}.png"
+
+
+def first_line(function) -> str:
+    return function.__doc__.splitlines()[0]
+
+
+def draw_all(runs: list[dict], folder: Path) -> list[Path]:
+    """Every figure, table.md and report.html of these runs into a folder; returns the files (PNG for figures)."""
+    pictures = []
+    for run in runs:
+        tail = "" if len(runs) == 1 else f"-{run['dir'].name}"
+        for make in (timeline, power):
+            path = save(make(run), folder, make.__name__ + tail)
+            pictures.append((f"{make.__name__}: {run['cfg'].run}", first_line(make), path))
+    for make in (perplexity, loss_over_kgco2):
+        if any(run["steps"] for run in runs):
+            pictures.append((make.__name__, first_line(make), save(make(runs), folder, make.__name__)))
+    for make in (emissions, curtailed):
+        pictures.append((make.__name__, first_line(make), save(make(runs), folder, make.__name__)))
+    (folder / "table.md").write_text(table(runs))
+    (folder / "report.html").write_text(page(runs, pictures))
+    return [path for _, _, path in pictures] + [folder / "table.md", folder / "report.html"]
 
 
 def main(argv: list[str]) -> int:
@@ -163,12 +424,10 @@ def main(argv: list[str]) -> int:
         out, argv = Path(argv[i + 1]), argv[:i] + argv[i + 2 :]
     if not argv:
         raise BadInput("no run given; say figures.py runs/NAME [--out DIR]")
-    for name in argv:
-        run = load(Path(name))
-        folder = out or run["dir"] / "figures"
-        title = "timeline" if len(argv) == 1 else f"timeline-{run['dir'].name}"
-        save(timeline(run), folder, title)
-        print(f"figure: {folder}/{title}.png", file=sys.stderr)
+    folders = list(dict.fromkeys(Path(name) for name in argv))
+    runs = [load(folder) for folder in folders]
+    for path in draw_all(runs, out or folders[0] / "figures"):
+        print(f"written: {path}", file=sys.stderr)
     return 0
 
 

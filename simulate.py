@@ -1,18 +1,25 @@
 """The same run without training: what a schedule would do and emit, in milliseconds.
 
-    python simulate.py configs/demo.yaml [key=value ...] [--json]
+    python simulate.py configs/demo.yaml [key=value ...] [--json] [--write]      --write: a run folder for figures.py
+    python simulate.py configs/ours.yaml --sweep policy.off_delay_s=0,300,600 rounds.train_s=300,600      a CSV over the grid
 
 `drive` runs the very `scheduler` and `rounds` of the live run on the virtual clock; `imagine` puts "a site would have
 trained n steps" in the place of real sites. The coordinator's virtual clock is the same `drive` with real ones.
 """
 
+import csv
+import itertools
 import json
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 
 import config
 import report
-from carbon import Meter, Trace, load_traces
+from carbon import Meter, Trace, load_traces, write_intervals
+from journal import order
 from rounds import Action, Run, facts_of
 from scheduler import INFINITY, Schedule, Site, policy_of
 
@@ -36,7 +43,7 @@ class Samples:
         """traces: site -> carbon.Trace; matters(values) -> bool per sample: hand out only these (and a site's first)."""
         self._traces, self._start, self._sites = traces, start_unix, list(traces)
         times, values, owners = [], [], []
-        for order, trace in enumerate(traces.values()):
+        for site, trace in enumerate(traces.values()):
             first = int(np.searchsorted(trace.starts, start_unix, side="right")) - 1
             last = int(np.searchsorted(trace.starts, start_unix + until_s, side="right"))
             some = trace.values[first:last]
@@ -45,10 +52,10 @@ class Samples:
             t[0] = 0.0
             times += [t, [float(trace.end - start_unix)]]
             values += [some[kept], [np.nan]]
-            owners.append(np.full(len(kept) + 1, order))
+            owners.append(np.full(len(kept) + 1, site))
         times, values, owners = np.concatenate(times), np.concatenate(values), np.concatenate(owners)
-        order = np.lexsort((owners, times))
-        self._times, self._values, self._owners = times[order], values[order], owners[order]
+        by_time = np.lexsort((owners, times))
+        self._times, self._values, self._owners = times[by_time], values[by_time], owners[by_time]
         self._next, self._next_time = 0, float(self._times[0]) if len(times) else INFINITY
 
     def at(self, site: str, t: float) -> float | None:
@@ -118,8 +125,9 @@ def drive(run: Run, samples: Samples, execute=imagine, journal=lambda records: N
         t = max(t, min(run.next_time(), samples.next_time()))
 
 
-def simulate(cfg, traces: dict[str, Trace] | None = None, decisions: bool = True) -> dict:
-    """The summary of the run this config would make, with its decisions unless told otherwise; nothing is trained."""
+def simulate(cfg, traces: dict[str, Trace] | None = None, decisions: bool = True, folder: Path | None = None) -> dict:
+    """The summary of the run this config would make, with its decisions unless told otherwise; nothing is trained.
+    folder: where to write what a run would have left: config, journal, intervals, summary."""
     traces = traces or load_traces(cfg)
     run, samples = new_run(cfg, traces)
     tally, told, over_s = report.Tally(cfg.sites), [], 0.0
@@ -132,8 +140,16 @@ def simulate(cfg, traces: dict[str, Trace] | None = None, decisions: bool = True
             if decisions and r["type"] in ("site", "open", "commit", "cancel", "end"):
                 told.append({"t_s": r["t_s"], "site": r.get("site"), "event": r.get("to", r["type"]), "reason": r.get("reason") or _why(r)})
 
-    drive(run, samples, journal=take)
+    kept: list[dict] = [{"t_s": 0.0, "type": "genesis", "digest": ""}]
+    drive(run, samples, journal=(lambda records: (take(records), kept.extend(records))) if folder else take)
     summary = report.summarize(tally, run.meter.columns(over_s), [], cfg, traces)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.OmegaConf.save(cfg, folder / "config.yaml")
+        lines = [json.dumps({"n": n} | record) + "\n" for n, record in enumerate(sorted(kept, key=order))]
+        (folder / "journal.jsonl").write_text("".join(lines))
+        write_intervals(folder / "intervals.csv", run.meter.closed(over_s))
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary | ({"decisions": told} if decisions else {}) | {"exit": run.code}
 
 
@@ -143,11 +159,54 @@ def _why(record: dict) -> str:
     return f"round {record['round']}, {record['tokens']:,} tokens" if record["type"] == "commit" else ""
 
 
+SWEPT = ("exit", "tokens", "rounds", "runtime_h", "train_site_hours", "goodput", "energy_kwh", "emissions_kg", "curtailed_share",
+         "starts", "wasted_starts", "wasted_tokens")  # fmt: skip
+
+
+def sweep(argv: list[str], grid: list[str]) -> list[dict]:
+    """One row for each point of a grid of `key=a,b,...`; the other arguments hold for all of them."""
+    axes = []
+    for arg in grid:
+        key, _, values = arg.partition("=")
+        choices = re.split(r",(?![^\[]*\])", values)  # [a,b] is one value
+        if not key or not all(choices):
+            raise config.BadInput(f"--sweep {arg!r} is not key=a,b,...; say e.g. --sweep policy.off_delay_s=0,300,600")
+        axes.append([(key, value) for value in choices])
+    if not axes:
+        raise config.BadInput("--sweep needs at least one key=a,b,...; say e.g. --sweep policy.off_delay_s=0,300,600")
+    points = list(itertools.product(*axes))
+    cfgs = [virtual([*argv, *(f"{k}={v}" for k, v in point)]) for point in points]  # all checked before the first is run
+    rows = []
+    for point, cfg in zip(points, cfgs):
+        summary = simulate(cfg, decisions=False)
+        rows.append(dict(point) | {k: summary[k] for k in SWEPT} | {f"floor_{k}_kg": v for k, v in summary["floor_kg"].items()})
+    return rows
+
+
+def virtual(argv: list[str]):
+    """The config of a simulation: always on the virtual clock."""
+    cfg = config.load(argv)
+    return cfg if cfg.clock.mode == "virtual" else config.load([*argv, "clock.mode=virtual"])
+
+
 def main(argv: list[str]) -> int:
-    as_json = "--json" in argv
-    cfg = config.load([a for a in argv if a != "--json"])
-    virtual = config.OmegaConf.merge(cfg, {"clock": {"mode": "virtual"}})
-    summary = simulate(virtual)
+    as_json, write = "--json" in argv, "--write" in argv
+    argv = [a for a in argv if a not in ("--json", "--write")]
+    if "--sweep" in argv:
+        at = argv.index("--sweep")
+        rows = sweep(argv[:at], argv[at + 1 :])
+        if as_json:
+            print(json.dumps({"rows": rows}))
+        else:
+            table = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+        return 0
+    cfg = virtual(argv)
+    folder = config.run_dir(cfg) if write else None
+    if folder and (folder / "state").exists():
+        raise config.BadInput(f"{folder} holds a run that was trained; take run=NEW for the simulated one")
+    summary = simulate(cfg, folder=folder)
     code = summary.pop("exit")
     if as_json:
         print(json.dumps(summary))
