@@ -68,6 +68,8 @@ VARIANTS = {
     "average-half": ("plain averaging, rounds half as long", [*AVERAGE, "rounds.train_s=277"], Trial()),
     "split-average-lr-down": ("split, plain averaging, learning rate / sqrt(sites)", [*SPLIT, *AVERAGE], Trial(federated_lr=-0.5)),
     "split-average-half": ("split, plain averaging, rounds half as long", [*SPLIT, *AVERAGE, "rounds.train_s=277"], Trial()),
+    "split-average-short": ("split, plain averaging, rounds of 3 steps", [*SPLIT, *AVERAGE, "rounds.train_s=160"], Trial()),
+    "split-short": ("split, 1.0 / 0.3, rounds of 3 steps", [*SPLIT, "rounds.train_s=160"], Trial()),
     "split-average-half-lr-down": ("the same, learning rate / sqrt(sites)", [*SPLIT, *AVERAGE, "rounds.train_s=277"],
                                    Trial(federated_lr=-0.5)),
 }  # fmt: skip
