@@ -304,11 +304,10 @@ class Meter:
         """All intervals up to t, the open ones cut there."""
         out = {}
         for site in sorted(self._starts):
-            starts = np.array(self._starts[site])
-            n = int(np.searchsorted(starts, t))
-            if n:
-                ends = np.append(starts[1:n], t)
-                out[site] = np.frombuffer(bytes(self._codes[site][:n]), np.uint8), starts[:n], ends
+            starts = np.array(self._starts[site] + array("d", [t]))
+            if n := int(np.searchsorted(starts[:-1], t)):
+                starts[n] = t
+                out[site] = np.frombuffer(bytes(self._codes[site][:n]), np.uint8), starts[:n], starts[1 : n + 1]
         return out
 
     def closed(self, t: float) -> list[Interval]:
@@ -517,25 +516,35 @@ def floor_with_starts(cfg, traces: dict[str, Trace], hours: float, deadline_s: f
         return None
     # The deadline cuts a sample: between the two whole numbers of samples around it the cost is taken as linear.
     low, part = int(available), available % 1.0
-    ends = [_least_kg(cfg, traces, start, step, slots, need) for slots in ([low, low + 1] if part else [low])]
+    curves = [_site_curves(spec, traces[spec.region], start, step, low, bool(part)) for spec in cfg.sites.values()]
+    ends = [_least_kg([curve[i] for curve in curves], need) for i in range(2 if part else 1)]
     kg = ends[0] if len(ends) == 1 else (1 - part) * ends[0] + part * ends[1]
     return kg if np.isfinite(kg) else None
 
 
-def _least_kg(cfg, traces: dict[str, Trace], start: int, step: int, slots: int, need: float) -> float:
+def _least_kg(curves: list[np.ndarray], need: float) -> float:
+    """Least sum of all sites' costs for `need` samples together, linear between whole numbers."""
+    *first, last = curves
     total = np.array([0.0])
-    for spec in cfg.sites.values():
-        curve = _site_curve(spec, traces[spec.region], start, step, slots)
-        joint = np.full(len(total) + slots, np.inf)
+    for curve in first:
+        joint = np.full(len(total) + len(curve) - 1, np.inf)
         for k, cost in enumerate(total):
-            joint[k : k + slots + 1] = np.minimum(joint[k : k + slots + 1], cost + curve)
+            np.minimum(joint[k : k + len(curve)], cost + curve, out=joint[k : k + len(curve)])
         total = joint
-    return float(np.interp(need, np.arange(len(total)), total, right=np.inf))
+    low, most = int(need), len(total) + len(last) - 2
+
+    def at(n: int) -> float:
+        k = np.arange(max(0, n - len(last) + 1), min(n, len(total) - 1) + 1)
+        return float((total[k] + last[n - k]).min()) if n <= most else np.inf
+
+    return at(low) if need == low else (1 - need + low) * at(low) + (need - low) * at(low + 1)
 
 
-def _site_curve(spec, trace: Trace, start: int, step: int, slots: int) -> np.ndarray:
-    """Least kg at one site for training exactly k of the first `slots` samples, k = 0..slots."""
+def _site_curves(spec, trace: Trace, start: int, step: int, slots: int, one_more: bool) -> list[np.ndarray]:
+    """Least kg at one site for training exactly k of the first `slots` samples, k = 0..slots; and the same with one
+    sample more."""
     age = max(1, int(np.ceil(MIN_WINDOW_S / step)))
+    slots += one_more
     t = start + step * np.arange(slots, dtype=float)
     costs = spec.train_kw * trace.integrals(t, t + step) / 3.6e6
     ahead = t - spec.provision_s  # before the trace's first sample its value is taken to hold
@@ -543,14 +552,18 @@ def _site_curve(spec, trace: Trace, start: int, step: int, slots: int) -> np.nda
     begins *= spec.idle_kw / 3.6e6
     off, on = np.full(slots + 1, np.inf), np.full((age, slots + 1), np.inf)  # on[j]: trained j+1 samples, last: or more
     off[0] = 0.0
-    for begin, cost in zip(begins, costs):
-        grown = np.full_like(on, np.inf)
-        grown[0, 1:] = off[:-1] + begin + cost
+    curves = []
+    for slot, (begin, cost) in enumerate(zip(begins, costs)):
+        if one_more and slot == slots - 1:
+            curves.append(np.minimum(off, on[-1])[:-1])
+        grown = np.empty_like(on)
+        grown[:, 0] = np.inf
+        grown[0, 1:] = off[:-1] + (begin + cost)
         grown[1:, 1:] = on[:-1, :-1] + cost
-        grown[-1, 1:] = np.minimum(grown[-1, 1:], on[-1, :-1] + cost)
+        np.minimum(grown[-1, 1:], on[-1, :-1] + cost, out=grown[-1, 1:])
         off, on = np.minimum(off, on[-1]), grown
         # a window that just closed may not reopen in the same sample: `off` above is what held before it
-    return np.minimum(off, on[-1])
+    return [*curves, np.minimum(off, on[-1])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -374,7 +375,8 @@ def run_dir(cfg: Config) -> Path:
 
 
 def plain(cfg: Any) -> Any:
-    return OmegaConf.to_container(cfg, resolve=True)
+    """The config as dictionaries and lists (as it is, if it already is)."""
+    return cfg if isinstance(cfg, dict) else OmegaConf.to_container(cfg, resolve=True)
 
 
 def _digest(parts: dict) -> str:
@@ -401,6 +403,7 @@ def schedule_digest(cfg: Config) -> str:
     return _digest({k: c[k] for k in ("policy", "carbon")} | {"clock": clock, "sites": sites})
 
 
+@cache
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 

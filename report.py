@@ -199,13 +199,19 @@ class Tally:
         return len(begins), int((trained == 0).sum())
 
 
+def up_hours(column: tuple, until_s: float) -> float:
+    """Hours in any state but off and provisioning, up to a moment."""
+    codes, begins, ends = column
+    up = (codes != carbon.CODES["off"]) & (codes != carbon.CODES["provisioning"])
+    return float(np.maximum(np.minimum(ends[up], until_s) - begins[up], 0.0).sum()) / 3600
+
+
 def summarize(tally: Tally, rows: "list[carbon.Interval] | carbon.Columns", steps: list[dict], cfg, traces) -> dict:
     """The keys of summary.json from a journal's tally, intervals and the logged steps of all sites."""
     columns = rows if isinstance(rows, dict) else carbon.columns(rows)
     training = {n: (a[c == carbon.CODES["training"]], b[c == carbon.CODES["training"]]) for n, (c, a, b) in columns.items()}
     runtime_s = max((float(ends[-1]) for _, ends in training.values() if len(ends)), default=0.0)
-    until = {n: (c[a < runtime_s], a[a < runtime_s], np.minimum(b[a < runtime_s], runtime_s)) for n, (c, a, b) in columns.items()}
-    spent, early = carbon.account(columns, cfg, traces), carbon.account(until, cfg, traces)
+    spent = carbon.account(columns, cfg, traces)
     train_h = sum(s["train_hours"] for s in spent["sites"].values())
     committed_h = {n: k * config.step_s(cfg, n) / 3600 for n, k in tally.steps.items()}
     if cfg.clock.mode == "wall":  # steps take what they take: credit training time by the share of tokens committed
@@ -214,7 +220,7 @@ def summarize(tally: Tally, rows: "list[carbon.Interval] | carbon.Columns", step
     sites = {}
     for name, s in spent["sites"].items():
         starts, wasted_starts = tally.starts(name, training.get(name, (np.empty(0),))[0])
-        up_h = early["sites"][name]["up_hours"]
+        up_h = up_hours(columns[name], runtime_s) if name in columns else 0.0
         sites[name] = {
             "tokens": tally.steps[name] * cfg.data.tokens_per_step, "steps": tally.steps[name],
             "train_site_hours": s["train_hours"], "up_site_hours": up_h, "goodput": committed_h[name] / up_h if up_h else None,
@@ -223,6 +229,7 @@ def summarize(tally: Tally, rows: "list[carbon.Interval] | carbon.Columns", step
         }  # fmt: skip
     up_h = sum(s["up_site_hours"] for s in sites.values())
     baselines, note = carbon.baselines(cfg, traces, tally.tokens)
+    plain = config.plain(cfg)
     measured = tally.measured or {"val_loss": None, "val_bpb": None}
     return {
         "tokens": tally.tokens, "steps": sum(tally.steps.values()), "rounds": tally.rounds, "runtime_h": runtime_s / 3600,
@@ -238,7 +245,7 @@ def summarize(tally: Tally, rows: "list[carbon.Interval] | carbon.Columns", step
         "val_loss": measured["val_loss"], "val_bpb": measured["val_bpb"], "train_ppl_best": train_ppl_best(steps), "end": tally.end,
         "provenance": carbon.provenance(cfg) | {
             "rule": "exact", "span": [carbon.iso(config.start_unix(cfg) + t) for t in (0.0, runtime_s)],
-            "config_digest": config.train_digest(cfg), "schedule_digest": config.schedule_digest(cfg), "versions": config.versions(),
+            "config_digest": config.train_digest(plain), "schedule_digest": config.schedule_digest(plain), "versions": config.versions(),
         },
     }  # fmt: skip
 

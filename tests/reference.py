@@ -20,6 +20,7 @@ class Trial:
 
     outer_momentum: str = "constant"  # | decayed: with the learning rate | reset: to m = 0 when membership changes
     federated_lr: float = 0.0  # the inner learning rate times sites ** this, while several train
+    momentum_by_tokens: bool = False  # betas and Muon momentum ** (1 / splits): the same memory in tokens
     hand_over_inner: bool = False  # a joiner starts from a copy of the inner state of the site that trained last
 
 
@@ -64,10 +65,16 @@ def train(cfg, records: list[dict], trial: Trial = Trial(), log=lambda committed
             for i, batch in enumerate(batches):
                 ids, targets = corpus.batch(batch)
                 loss_of_batch = 0.0
-                for first, stop in split_rows(corpus.rows, len(rates) if r.split_steps else 1):
+                parts = split_rows(corpus.rows, len(rates) if r.split_steps else 1)
+                for first, stop in parts:
                     position = min(committed + (i + first / corpus.rows) * per_step * ratio, budget)
                     point = schedule(position, budget, per_step, cfg.optim)
-                    inners[site].set(replace(point, lr_scale=point.lr_scale * len(rates) ** trial.federated_lr))
+                    slower = 1 / len(parts) if trial.momentum_by_tokens else 1.0
+                    point = replace(point, lr_scale=point.lr_scale * len(rates) ** trial.federated_lr,
+                                    muon_momentum=point.muon_momentum**slower)  # fmt: skip
+                    inners[site].set(point)
+                    for group in inners[site].adam.param_groups:
+                        group["betas"] = tuple(b**slower for b in cfg.optim.betas)
                     loss = models[site](ids[first:stop], targets[first:stop])
                     loss.backward()
                     inners[site].step()
