@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint bench-demo clean
+.PHONY: demo test test-all paper lint bench-demo bench-simulate ablation referee clean
+
+FULL := ours paper paper_two_site paper_centralized
+MINI := mini_ours mini_paper mini_two_site mini_centralized
 
 $(READY): requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,11 +23,27 @@ test: $(READY)  ## laws and smoke, at most 5 minutes
 test-all: $(READY)  ## adds everything with many processes, at most 30 minutes
 	$(BIN)/python -m pytest
 
+paper: $(READY)  ## the paper's schedules, experiments, figures and table: about 15 minutes on 2 cores
+	for c in $(FULL); do $(BIN)/python simulate.py configs/$$c.yaml --write || exit 1; done
+	for c in $(MINI); do $(BIN)/python launch.py configs/$$c.yaml fresh=true || exit 1; done
+	$(BIN)/python figures.py $(FULL:%=runs/%) --out figures/full_scale
+	$(BIN)/python figures.py $(MINI:%=runs/%) --out figures
+	cat figures/full_scale/table.md figures/table.md
+
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 bench-demo: $(READY)  ## the demo's numbers: time, memory, loss, emissions, stall, twice the same
 	$(BIN)/python bench/demo.py
 
+bench-simulate: $(READY)  ## seconds and memory of the simulator: a day, a year, a year of 300 sites
+	$(BIN)/python bench/simulate.py
+
+ablation: $(READY)  ## which protocol learns best: hours on 2 cores, see bench/README.md
+	$(BIN)/python bench/ablation.py
+
+referee: $(READY)  ## our accounting against Vessim's, in an environment of its own
+	$(BIN)/python bench/referee.py
+
 clean:
-	rm -rf $(VENV) runs data
+	rm -rf $(VENV) .venv-vessim runs data

@@ -87,13 +87,13 @@ class Rounds:
     grace_s: float = 30.0  # how long a frozen round waits for a slow member
     max_offline_s: float = 600.0  # how long a site may stay silent before its local round is void
     rejoin_wait_s: float = 120.0  # real seconds the virtual clock waits for a missing site
-    outer: str = "nesterov"  # none: plain averaging | nesterov: DiLoCo-style
-    outer_lr: float = 1.0
-    outer_momentum: float = 0.3
+    outer: str = "none"  # none: plain averaging, what measured best (bench/README.md) | nesterov: DiLoCo-style, with
+    outer_lr: float = 1.0  # these two; arXiv:2311.08105 has 0.7 and
+    outer_momentum: float = 0.3  # 0.9, which overshoots when rounds are short
     local: str = "plain"  # plain: a local round's theta as it is, m = 0 | outer: the outer step on it too
     inner_state: str = "keep"  # keep | reset (new each round, the paper)
     lr_position: str = "global"  # global: counts the other members' steps | own (the paper)
-    split_steps: bool = False  # while K sites train, each takes a batch in K inner steps of 1/K of its rows
+    split_steps: bool = True  # while K sites train, each takes a batch in K inner steps of 1/K of its rows
 
 
 @dataclass

@@ -43,8 +43,9 @@ PAIR = {"a": {}, "b": {"tokens_per_s": 8.6}}
 
 @pytest.mark.parametrize("changes", [
     {"rounds": {"outer": "none"}},
-    {"rounds": {"outer": "nesterov", "outer_lr": 0.7, "outer_momentum": 0.9, "inner_state": "reset", "lr_position": "own"}},
-], ids=["plain averaging", "nesterov, inner state reset"])  # fmt: skip
+    {"rounds": {"outer": "nesterov", "outer_lr": 0.7, "outer_momentum": 0.9, "inner_state": "reset", "lr_position": "own",
+                "split_steps": False}},
+], ids=["plain averaging, split steps", "nesterov, inner state reset"])  # fmt: skip
 def test_two_sites_equal_the_single_process_reference_bit_for_bit(runner, changes):
     argv = runner.write(PAIR, **changes)
     journal = finished(runner, argv, ["a", "b"])
