@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import zlib
 from array import array
 from dataclasses import dataclass, replace
@@ -179,14 +180,14 @@ def read_table(path: str) -> tuple[list[str], list[list[str]]]:
 
 def read_trace(
     path: str, column: str | None = None, *, unit: str = "g/kWh", tz: str = "UTC", stamp: str = "start",
-    interpolation: str = "hold", max_gap_s: float = 900.0,
+    interpolation: str = "hold", max_gap_s: float = 900.0, table: tuple | None = None,
 ) -> Trace:  # fmt: skip
     """One column of a CSV file as a Trace. First column is time; `column` None takes the only other one.
 
     Variable steps are legal up to max_gap_s. Raises BadInput with file, row and remedy for anything that would make
-    the accounting guess: see the messages below.
+    the accounting guess: see the messages below. table: header, rows and times, where they have been read already.
     """
-    header, rows = read_table(path)
+    header, rows, starts = table or (*read_table(path), None)
     if len(rows) < 2:
         raise BadInput(f"{path} has {len(rows)} samples; at least 2 are needed")
     if column is None:
@@ -198,15 +199,15 @@ def read_trace(
     if unit not in G_PER_KWH:
         raise BadInput(f"carbon.unit={unit!r} is not one of {', '.join(G_PER_KWH)}")
     index = header.index(column)
-    starts = _parse_times([row[0] for row in rows], path, 2, tz)
-    values = np.empty(len(rows))
+    starts = _parse_times([row[0] for row in rows], path, 2, tz) if starts is None else starts
+    values = np.full(len(rows), np.nan)
     for i, row in enumerate(rows):
         cell = row[index].strip() if index < len(row) else ""
         try:
             values[i] = float(cell)
         except ValueError:
-            values[i] = np.nan
-        if not np.isfinite(values[i]):
+            pass
+        if not math.isfinite(values[i]):
             raise BadInput(f"{path} row {i + 2}: {column} is {cell!r}, not a number; fill the gap or cut the file")
     values *= G_PER_KWH[unit]
     steps = np.diff(starts)
@@ -234,10 +235,19 @@ def load_traces(cfg) -> dict[str, Trace]:
     c = cfg.carbon
     start = config.start_unix(cfg)
     regions = dict.fromkeys([site.region for site in cfg.sites.values()] + list(c.baseline_regions))
+    header, rows = read_table(c.trace)
+    table = (header, rows, _parse_times([row[0] for row in rows], c.trace, 2, c.tz))
     traces = {}
     for region in regions:
         traces[region] = trace = read_trace(
-            c.trace, region, unit=c.unit, tz=c.tz, stamp=c.stamp, interpolation=c.interpolation, max_gap_s=c.max_gap_s
+            c.trace,
+            region,
+            unit=c.unit,
+            tz=c.tz,
+            stamp=c.stamp,
+            interpolation=c.interpolation,
+            max_gap_s=c.max_gap_s,
+            table=table,
         )
         if not trace.begin <= start < trace.end:
             raise BadInput(f"clock.start={cfg.clock.start} lies outside {c.trace}, which covers {iso(trace.begin)} to "
