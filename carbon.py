@@ -200,13 +200,13 @@ def read_trace(
         raise BadInput(f"carbon.unit={unit!r} is not one of {', '.join(G_PER_KWH)}")
     index = header.index(column)
     starts = _parse_times([row[0] for row in rows], path, 2, tz) if starts is None else starts
-    values = np.full(len(rows), np.nan)
+    values = np.empty(len(rows))
     for i, row in enumerate(rows):
         cell = row[index].strip() if index < len(row) else ""
         try:
             values[i] = float(cell)
         except ValueError:
-            pass
+            values[i] = np.nan
         if not math.isfinite(values[i]):
             raise BadInput(f"{path} row {i + 2}: {column} is {cell!r}, not a number; fill the gap or cut the file")
     values *= G_PER_KWH[unit]
