@@ -39,7 +39,7 @@ bench-demo: $(READY)  ## the demo's numbers: time, memory, loss, emissions, stal
 bench-simulate: $(READY)  ## seconds and memory of the simulator: a day, a year, a year of 300 sites
 	$(BIN)/python bench/simulate.py
 
-ablation: $(READY)  ## which protocol learns best: hours on 2 cores, see bench/README.md
+ablation: $(READY)  ## which protocol learns best: 50 minutes on 2 cores
 	$(BIN)/python bench/ablation.py
 
 referee: $(READY)  ## our accounting against Vessim's, in an environment of its own

@@ -301,7 +301,7 @@ def lines_of(runs: list[dict], over, xlabel: str, transform, ylabel: str):
         x, y = over(run, times), transform(losses)
         axis.plot(x, y, color=RUN_COLORS[i % 6], ls=LINES[i % 4], lw=1.6, marker=MARKERS[i % 6], ms=5,
                   markevery=max(1, len(x) // 12), label=run["cfg"].run)  # fmt: skip
-        tails.append(y[len(y) // 8 :])
+        tails.append(y[len(y) // 4 :])
     if tails:
         low, high = min(t.min() for t in tails), max(t.max() for t in tails)
         axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
@@ -316,7 +316,12 @@ def lines_of(runs: list[dict], over, xlabel: str, transform, ylabel: str):
 
 def perplexity(runs: list[dict]):
     """Smoothed train perplexity over the hours since the start."""
-    return lines_of(runs, lambda run, t: t / 3600, "hours since the start", np.exp, "train perplexity (EMA 0.99)")
+    fig = lines_of(runs, lambda run, t: t / 3600, "hours since the start", np.exp, "train perplexity (EMA 0.99), log scale")
+    axis = fig.axes[0]
+    axis.set_yscale("log")
+    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        which("{x:g}")
+    return fig
 
 
 def loss_over_kgco2(runs: list[dict]):

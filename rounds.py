@@ -57,7 +57,7 @@ def facts_of(cfg, end_s: float) -> Facts:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Action:
     """Something to tell the sites. `kind`: start, fetch, open, lease, freeze, store, attempt, commit, cancel, drop,
     evaluate, end."""
@@ -209,7 +209,7 @@ class Run:
         if len(together) >= 2:
             return together
         alone = together or [s for s in on if spare[s] >= 0]
-        return sorted(alone, key=lambda s: (-spare[s], on.index(s)))[:1]
+        return alone if len(alone) < 2 else sorted(alone, key=lambda s: (-spare[s], on.index(s)))[:1]
 
     def _open_next(self, t: float) -> None:
         """Open the next round for whoever is on; fetch the state for those who lack it."""
@@ -320,10 +320,13 @@ class Run:
     def _freeze_time(self) -> float:
         """When the open round must stop training: its planned end, a member's known stop, or a site to hand over to."""
         now = self.now
-        stop = min((t for s, t in self.schedule.stops.items() if s in now.leases), default=INFINITY)
-        stop = min(stop, self.facts.end_s)
+        stop = self.facts.end_s
+        for site, t in self.schedule.stops.items():
+            if t < stop and site in now.leases:
+                stop = t
         if now.mode == "local":
-            return -INFINITY if len(self._team(now.open_s)) > 1 else min(now.end_s, stop)
+            joined = len(self.schedule.up) > 1 and len(self._team(now.open_s)) > 1
+            return -INFINITY if joined else min(now.end_s, stop)
         return min(now.end_s, stop - self.sync_s)
 
     def _freeze(self, t: float) -> None:
@@ -346,7 +349,7 @@ class Run:
             self.finish(t, f"non-finite loss at {site}, step {bad_step} of round {now.number}; "
                            "lower optim.matrix_lr or optim.embedding_lr", 2)  # fmt: skip
             return
-        assert steps <= count(now.leases[site]), (site, steps)
+        assert self.facts.timed or steps <= count(now.leases[site]), (site, steps)
         now.steps[site] = steps
         idle_from = now.open_s + steps * self._step_s(site) if self.facts.timed else t
         self.meter.set(min(idle_from, t), site, "waiting")
@@ -579,6 +582,8 @@ class Run:
         if derived_from != self._power:
             self._power = derived_from
             self._touched |= self.schedule.up | self.leaving
+        if not self._touched:
+            return
         for name in self._touched:
             state = self.schedule.sites[name].state
             if phase == "train" and name in now.leases and name not in now.steps:

@@ -60,10 +60,10 @@ class Samples:
 
     def at(self, site: str, t: float) -> float | None:
         """gCO2/kWh at a site, t seconds from clock.start; None past the trace's end."""
-        trace, unix = self._traces[site], self._start + t
+        trace, unix = self._traces[site], self._start + int(t)  # whole seconds, as the samples: a float would cast them all
         if unix >= trace.end:
             return None
-        return float(trace.values[np.searchsorted(trace.starts, unix, side="right") - 1])
+        return float(trace.values[trace.starts.searchsorted(unix, side="right") - 1])
 
     def next_time(self) -> float:
         return self._next_time
@@ -112,7 +112,8 @@ def drive(run: Run, samples: Samples, execute=imagine, journal=lambda records: N
         run.advance(t)
         while True:
             records, actions = run.take()
-            journal(records)
+            if records:
+                journal(records)
             if not actions:
                 break
             for action in actions:

@@ -42,6 +42,7 @@ PAPER = ["rounds.train_s=515", "rounds.sync_s=130", "rounds.commit_every_s=null"
          "rounds.inner_state=reset", "rounds.lr_position=own"]  # fmt: skip
 SMALL = ["data.tokens_per_step=1024", "budget.tokens=1228800", "sites.california.tokens_per_s=19.3", "sites.texas.tokens_per_s=19.3",
          "sites.south_australia.tokens_per_s=19.3", "model.depth=3", "model.width=96", "model.heads=3", "model.kv_heads=3"]  # fmt: skip
+HALF, SHORT = ["rounds.train_s=277"], ["rounds.train_s=160"]
 SPLIT, AVERAGE = ["rounds.split_steps=true"], ["rounds.outer=none"]
 
 # name: (what it is, overrides of BASE, Trial)
@@ -56,7 +57,7 @@ VARIANTS = {
     "outer-0.9-0.5": ("outer lr 0.9, momentum 0.5", ["rounds.outer_lr=0.9", "rounds.outer_momentum=0.5"], Trial()),
     "momentum-decayed": ("outer momentum decayed with the learning rate", [], Trial(outer_momentum="decayed")),
     "momentum-reset": ("outer momentum reset when membership changes", [], Trial(outer_momentum="reset")),
-    "rounds-half": ("rounds half as long", ["rounds.train_s=277"], Trial()),
+    "rounds-half": ("rounds half as long", HALF, Trial()),
     "rounds-double": ("rounds twice as long", ["rounds.train_s=1198"], Trial()),
     "lr-own": ("LR position own", ["rounds.lr_position=own"], Trial()),
     "lr-sqrt": ("learning rate x sqrt(sites)", [], Trial(federated_lr=0.5)),
@@ -65,17 +66,17 @@ VARIANTS = {
     "split-average": ("split, plain averaging", [*SPLIT, *AVERAGE], Trial()),
     "split-hand-over": ("split, inner state handed over", SPLIT, Trial(hand_over_inner=True)),
     "split-lr-down": ("split, learning rate / sqrt(sites)", SPLIT, Trial(federated_lr=-0.5)),
-    "split-rounds-half": ("split, rounds half as long", [*SPLIT, "rounds.train_s=277"], Trial()),
+    "split-rounds-half": ("split, rounds half as long", [*SPLIT, *HALF], Trial()),
     "split-average-lr-up": ("split, plain averaging, learning rate x sqrt(sites)", [*SPLIT, *AVERAGE], Trial(federated_lr=0.5)),
     "split-average-hand-over": ("split, plain averaging, inner state handed over", [*SPLIT, *AVERAGE], Trial(hand_over_inner=True)),
-    "average-half": ("plain averaging, rounds half as long", [*AVERAGE, "rounds.train_s=277"], Trial()),
+    "average-half": ("plain averaging, rounds half as long", [*AVERAGE, *HALF], Trial()),
     "split-average-lr-down": ("split, plain averaging, learning rate / sqrt(sites)", [*SPLIT, *AVERAGE], Trial(federated_lr=-0.5)),
-    "split-average-half": ("split, plain averaging, rounds half as long", [*SPLIT, *AVERAGE, "rounds.train_s=277"], Trial()),
-    "split-average-half-memory": ("the same, momenta remember as many tokens as unsplit", [*SPLIT, *AVERAGE, "rounds.train_s=277"],
+    "split-average-half": ("split, plain averaging, rounds half as long", [*SPLIT, *AVERAGE, *HALF], Trial()),
+    "split-average-half-memory": ("`split-average-half`, momenta remember as many tokens as unsplit", [*SPLIT, *AVERAGE, *HALF],
                                   Trial(momentum_by_tokens=True)),
-    "split-average-short": ("split, plain averaging, rounds of 3 steps", [*SPLIT, *AVERAGE, "rounds.train_s=160"], Trial()),
-    "split-short": ("split, 1.0 / 0.3, rounds of 3 steps", [*SPLIT, "rounds.train_s=160"], Trial()),
-    "split-average-half-lr-down": ("the same, learning rate / sqrt(sites)", [*SPLIT, *AVERAGE, "rounds.train_s=277"],
+    "split-average-short": ("**ours**: split, plain averaging, rounds of 3 batches", [*SPLIT, *AVERAGE, *SHORT], Trial()),
+    "split-short": ("split, 1.0 / 0.3, rounds of 3 steps", [*SPLIT, *SHORT], Trial()),
+    "split-average-half-lr-down": ("`split-average-half`, learning rate / sqrt(sites)", [*SPLIT, *AVERAGE, *HALF],
                                    Trial(federated_lr=-0.5)),
 }  # fmt: skip
 
