@@ -31,7 +31,6 @@ G_PER_KWH = {"g/kWh": 1.0, "kg/kWh": 1000.0, "kg/MWh": 1.0, "lb/MWh": 0.45359237
 MAX_G_PER_KWH = 3000.0  # lignite is about 1,200, the dirtiest oil peakers about 1,500
 STATES = ("off", "provisioning", "starting", "waiting", "syncing", "training")
 CODES = {state: i for i, state in enumerate(STATES)}
-MIN_WINDOW_S = 1800.0  # shortest window of the floor with start costs
 
 
 @dataclass(frozen=True)
@@ -467,113 +466,6 @@ def baselines(cfg, traces: dict[str, Trace], tokens: int) -> tuple[dict[str, flo
             return None, f"{seconds / 3600:.1f} h from {iso(start)} leave the trace, which ends {iso(traces[region].end)}"
         out[region] = emissions_kg(spec.train_kw, traces[region], start, start + seconds)
     return out, None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The floor: the least any schedule could emit
-
-
-def floor_lp(cfg, traces: dict[str, Trace], hours: float, deadline_s: float) -> float | None:
-    """Least kg for `hours` training site-hours by deadline_s, starts free: fill the cleanest moments first.
-
-    A sort by kW x intensity; only the samples around the marginal one are really sorted, so that a year of hundreds of
-    sites fits into memory.
-    """
-    start, need = config.start_unix(cfg), hours * 3600
-
-    def moments(spec) -> tuple[np.ndarray, np.ndarray]:
-        """kW x gCO2/kWh and seconds of each sample between the run's start and the deadline."""
-        trace = traces[spec.region]
-        edges = np.clip(np.append(trace.starts, trace.end), start, min(start + deadline_s, trace.end)).astype(float)
-        width = np.diff(edges)
-        return spec.train_kw * trace.values[width > 0], width[width > 0]
-
-    specs = list(cfg.sites.values())
-    highest = max(spec.train_kw * float(traces[spec.region].values.max()) for spec in specs)
-    bins, scale = 1024, 1023 / highest if highest else 0.0
-    seconds, cost = np.zeros(bins), np.zeros(bins)
-    for spec in specs:
-        rate, width = moments(spec)
-        at = (rate * scale).astype(int)
-        seconds += np.bincount(at, width, bins)
-        cost += np.bincount(at, rate * width, bins)
-    filled = np.cumsum(seconds)
-    if filled[-1] + 1e-6 < need:
-        return None
-    marginal = min(int(np.searchsorted(filled, need)), bins - 1)
-    left = need - (filled[marginal - 1] if marginal else 0.0)
-    pairs = [(rate[at == marginal], width[at == marginal]) for rate, width in map(moments, specs) for at in [(rate * scale).astype(int)]]
-    rate, width = np.concatenate([r for r, _ in pairs]), np.concatenate([w for _, w in pairs])
-    order = np.argsort(rate, kind="stable")
-    rate, width = rate[order], width[order]
-    taken = np.clip(left - np.concatenate(([0.0], np.cumsum(width)[:-1])), 0.0, width)
-    return float((cost[:marginal].sum() + (rate * taken).sum()) / 3.6e6)
-
-
-def floor_with_starts(cfg, traces: dict[str, Trace], hours: float, deadline_s: float) -> float | None:
-    """The same with provision_s at idle power charged before each start, and windows of at least 30 minutes.
-
-    A dynamic programme over trace samples, samples trained so far and window age per site, then a min-plus
-    convolution over sites. None where samples are irregular or the table would be large.
-    """
-    start = config.start_unix(cfg)
-    regions = [traces[s.region] for s in cfg.sites.values()]
-    step = regions[0].step_s
-    available = min(deadline_s, min(t.end for t in regions) - start) / step
-    need = hours * 3600 / step
-    regular = all(t.step_s == step and (np.diff(t.starts) == step).all() and (start - t.begin) % step == 0 for t in regions)
-    if not regular or available**2 * len(regions) > 2e7 or need > available * len(regions):
-        return None
-    # The deadline cuts a sample: between the two whole numbers of samples around it the cost is taken as linear.
-    low, part = int(available), available % 1.0
-    curves = [_site_curves(spec, traces[spec.region], start, step, low, bool(part)) for spec in cfg.sites.values()]
-    ends = [_least_kg([curve[i] for curve in curves], need) for i in range(2 if part else 1)]
-    kg = ends[0] if len(ends) == 1 else (1 - part) * ends[0] + part * ends[1]
-    return kg if np.isfinite(kg) else None
-
-
-def _least_kg(curves: list[np.ndarray], need: float) -> float:
-    """Least sum of all sites' costs for `need` samples together, linear between whole numbers."""
-    *first, last = curves
-    total = np.array([0.0])
-    for curve in first:
-        joint = np.full(len(total) + len(curve) - 1, np.inf)
-        for k, cost in enumerate(total):
-            np.minimum(joint[k : k + len(curve)], cost + curve, out=joint[k : k + len(curve)])
-        total = joint
-    low, most = int(need), len(total) + len(last) - 2
-
-    def at(n: int) -> float:
-        k = np.arange(max(0, n - len(last) + 1), min(n, len(total) - 1) + 1)
-        return float((total[k] + last[n - k]).min()) if n <= most else np.inf
-
-    return at(low) if need == low else (1 - need + low) * at(low) + (need - low) * at(low + 1)
-
-
-def _site_curves(spec, trace: Trace, start: int, step: int, slots: int, one_more: bool) -> list[np.ndarray]:
-    """Least kg at one site for training exactly k of the first `slots` samples, k = 0..slots; and the same with one
-    sample more."""
-    age = max(1, int(np.ceil(MIN_WINDOW_S / step)))
-    slots += one_more
-    t = start + step * np.arange(slots, dtype=float)
-    costs = spec.train_kw * trace.integrals(t, t + step) / 3.6e6
-    ahead = t - spec.provision_s  # before the trace's first sample its value is taken to hold
-    begins = trace.integrals(np.maximum(trace.begin, ahead), t) + trace.values[0] * np.maximum(0.0, trace.begin - ahead)
-    begins *= spec.idle_kw / 3.6e6
-    off, on = np.full(slots + 1, np.inf), np.full((age, slots + 1), np.inf)  # on[j]: trained j+1 samples, last: or more
-    off[0] = 0.0
-    curves = []
-    for slot, (begin, cost) in enumerate(zip(begins, costs)):
-        if one_more and slot == slots - 1:
-            curves.append(np.minimum(off, on[-1])[:-1])
-        grown = np.empty_like(on)
-        grown[:, 0] = np.inf
-        grown[0, 1:] = off[:-1] + (begin + cost)
-        grown[1:, 1:] = on[:-1, :-1] + cost
-        np.minimum(grown[-1, 1:], on[-1, :-1] + cost, out=grown[-1, 1:])
-        off, on = np.minimum(off, on[-1]), grown
-        # a window that just closed may not reopen in the same sample: `off` above is what held before it
-    return [*curves, np.minimum(off, on[-1])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 
 import carbon
 import config
+import floor
 from journal import effective
 from journal import read as read_journal
 from ledger import count
@@ -239,8 +240,8 @@ def summarize(tally: Tally, rows: "list[carbon.Interval] | carbon.Columns", step
         "starts": sum(s["starts"] for s in sites.values()), "wasted_starts": sum(s["wasted_starts"] for s in sites.values()),
         "wasted_tokens": tally.wasted_tokens, "baselines": baselines, "baselines_note": note,
         "floor_kg": {
-            "lp": carbon.floor_lp(cfg, traces, train_h, runtime_s),
-            "with_starts": carbon.floor_with_starts(cfg, traces, train_h, runtime_s),
+            "lp": floor.lp(cfg, traces, train_h, runtime_s),
+            "with_starts": floor.with_starts(cfg, traces, train_h, runtime_s),
         },
         "val_loss": measured["val_loss"], "val_bpb": measured["val_bpb"], "train_ppl_best": train_ppl_best(steps), "end": tally.end,
         "provenance": carbon.provenance(cfg) | {

@@ -139,10 +139,6 @@ class Schedule:
         hold = self.policy.min_on_s if up else self.policy.min_off_s
         return max(site.mark_s + self.policy.delay_s(site.mark_mci, up), site.up_since_s + hold)
 
-    def known_stop(self, name: str) -> float:
-        """When a site that is up will stop, as far as is known now; infinity if nothing is pending."""
-        return self.stops.get(name, INFINITY)
-
     def _plan(self, name: str) -> None:
         """Something about a site has changed: when is its next move due?"""
         site = self.sites[name]

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 import carbon
 import config
+import floor
 import simulate
 from carbon import Meter, Trace, emissions_kg, read_trace
 from config import BadInput
@@ -142,8 +143,8 @@ def test_the_floor_on_the_real_day(reference_data):
     traces_ = carbon.load_traces(cfg)
     golden = ((11.1, 4.932, 5.030), (12, 3.305, 3.414), (14.6, 0.584, 0.616), (16, 0.350, 0.376), (18, 0.340, 0.366))
     for hours, lp, with_starts in golden:
-        assert carbon.floor_lp(cfg, traces_, 17.86, hours * 3600) == pytest.approx(lp, rel=5e-3)
-        assert carbon.floor_with_starts(cfg, traces_, 17.86, hours * 3600) == pytest.approx(with_starts, rel=1e-2)
+        assert floor.lp(cfg, traces_, 17.86, hours * 3600) == pytest.approx(lp, rel=5e-3)
+        assert floor.with_starts(cfg, traces_, 17.86, hours * 3600) == pytest.approx(with_starts, rel=1e-2)
 
 
 def test_the_published_run_is_replayed(reference_data):
@@ -187,9 +188,9 @@ def test_the_floor_is_what_brute_force_finds(a, b, k, provision_s):
 
     curves = [curve(n) for n in "ab"]
     exact = min((curves[0][i] + curves[1][k - i] for i in range(max(0, k - 6), min(6, k) + 1)), default=math.inf)
-    got = carbon.floor_with_starts(cfg, traces_, k / 4, 5400.0)
+    got = floor.with_starts(cfg, traces_, k / 4, 5400.0)
     assert got is None if math.isinf(exact) else got == pytest.approx(exact, rel=1e-9, abs=1e-12)
-    lp = carbon.floor_lp(cfg, traces_, k / 4, 5400.0)
+    lp = floor.lp(cfg, traces_, k / 4, 5400.0)
     assert got is None or lp <= got + 1e-12
     cheapest = sorted(v * 2.0 * 900 / 3.6e6 for v in a + b)
     assert lp == pytest.approx(sum(cheapest[:k]), rel=1e-9, abs=1e-12)
