@@ -285,13 +285,14 @@ class Interval:
 class Meter:
     """Who was in which state, when: one gapless line of intervals per site, from 0 on. Nine bytes an interval."""
 
-    def __init__(self, sites: list[str], rows: list[Interval] = ()):
+    def __init__(self, sites: list[str], rows: list[Interval] = (), keep_last: bool = False):
+        """rows: what came before; keep_last: the last states go on, else all sites are off since."""
         self._starts = {site: array("d", [0.0]) for site in sites}
         self._codes = {site: bytearray([0]) for site in sites}
         for row in sorted(rows, key=lambda r: (r.site, r.start_s)):
             self.set(row.start_s, row.site, row.state)
         for row in rows:
-            if row.end_s > self._starts[row.site][-1]:
+            if not keep_last and row.end_s > self._starts[row.site][-1]:
                 self.set(row.end_s, row.site, "off")
 
     def set(self, t: float, site: str, state: str) -> None:

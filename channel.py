@@ -9,14 +9,21 @@ nothing is ever unpickled. Besides commands and reports the channel carries hear
 in chunks, the rendezvous of gloo groups (`ChannelStore`, a torch.distributed.Store, so that no TCPStore of ours
 listens), and the chunks of a star-shaped average.
 
+A connection that breaks is made again by itself, and then, or whenever the coordinator says it does not know a process
+(it was restarted, or had given that process up), the site says hello once more, with what it holds and where it stands.
+At the coordinator a closed connection is a death after NOTICE_S, unless the same process is back by then.
+
 Both ends run their socket in a thread of their own, so that heartbeats keep their time while a step or a file takes
 long. Anything that must be decided is put into `inbox` for the main thread.
 """
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
 import queue
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -29,9 +36,15 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from config import BadInput
+from timeouts import NOTICE_S
 
-POLL_MS = 200
+POLL_MS = 100
 MAX_HEADER = 1 << 20
+QUIET = logging.getLogger("curtail.auth")  # pyzmq would log every refused key; we tell of each once
+QUIET.addHandler(logging.NullHandler())
+QUIET.propagate = False
+MAX_KEYS, MAX_VALUE = 4096, 1 << 16  # rendezvous: keys at a time, bytes of one
+HANDSHAKE_MS = 5000  # a connection that has not shown a key by then is closed
 
 
 class ChannelError(RuntimeError):
@@ -110,9 +123,12 @@ class Pump(threading.Thread):
             except queue.Empty:
                 return
             try:
-                self.socket.send_multipart(parts, copy=False)
+                self.send_parts(parts)
             except zmq.ZMQError as error:  # a peer that has gone; the time-outs of whoever waits for it speak up
                 self.error = str(error)
+
+    def send_parts(self, parts: list) -> None:
+        self.socket.send_multipart(parts, copy=False)
 
     def register(self, poller: zmq.Poller) -> None:
         """Add more to poll."""
@@ -152,30 +168,40 @@ def unpack(frames: list[zmq.Frame]) -> tuple[dict, memoryview] | None:
 
 
 class Hub(Pump):
-    """Listens at host:port (0: a free one, see .address). `allowed`: public key (z85 str) -> site name.
+    """Listens at host:port (0: a free one, see .address) for the keys of `names` found in the folder `keys`; a key that is
+    taken away from there is revoked at once.
 
     Answers by itself: heartbeats, rendezvous keys, state chunks (`read_state(round, name, start, stop) -> bytes or
-    None`), chunks of star averages. The rest goes to `inbox` as (site, identity, header, payload); messages of a
-    process that was not admitted are dropped, its hello excepted.
+    None`), chunks of star averages. The rest goes to `inbox` as (site, identity, header, payload), as do its own `gone` (a
+    connection closed) and `summed` (a star average is complete). Messages of a process that was not admitted are
+    dropped, its hello excepted.
     """
 
-    def __init__(self, host: str, port: int, keys: Path, allowed: dict[str, str], read_state, max_bytes: int):
+    def __init__(self, host: str, port: int, keys: Path, names: list[str], read_state, max_bytes: int):
         super().__init__("hub")
         self.read_state = read_state
         self._seen: dict[str, float] = {}
         self._identity: dict[str, bytes] = {}
+        self._connection: dict[int, bytes] = {}  # file descriptor -> identity of the process behind it
+        self._closed: dict[str, float] = {}  # site whose connection closed -> when
         self._values: dict[str, bytes] = {}
         self._waiting: list[tuple[bytes, dict, float]] = []
         self._averages: dict[tuple, dict] = {}
-        self._auth = ThreadAuthenticator(self.context)
+        self._allow = AllowList(keys, names)
+        self._auth = ThreadAuthenticator(self.context, log=QUIET)
         self._auth.start()
-        self._auth.configure_curve_callback(domain="*", credentials_provider=_AllowList(allowed))
-        self._allowed = allowed
+        self._auth.configure_curve_callback(domain="*", credentials_provider=self._allow)
         self.socket = self.context.socket(zmq.ROUTER)
         self.socket.curve_publickey, self.socket.curve_secretkey = read_key(keys, "coordinator", secret=True)
         self.socket.curve_server = True
         self.socket.router_mandatory = True
         self.socket.maxmsgsize = max_bytes + MAX_HEADER
+        self.socket.handshake_ivl = HANDSHAKE_MS
+        self._monitor = self.socket.get_monitor_socket(
+            zmq.EVENT_DISCONNECTED | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        )
+        self._junk: set[str] = set()  # addresses of which junk was told
+        self._peer = "?"
         try:
             self.port = (self.socket.bind_to_random_port(f"tcp://{host}") if port == 0
                          else (self.socket.bind(f"tcp://{host}:{port}"), port)[1])  # fmt: skip
@@ -191,12 +217,18 @@ class Hub(Pump):
         """From now on this process speaks for the site; an older one of the same name is ignored."""
         self._identity[site] = identity
         self._seen[site] = time.monotonic()
+        self._closed.pop(site, None)
 
     def dismiss(self, site: str) -> None:
         self._identity.pop(site, None)
+        self._closed.pop(site, None)
 
     def connected(self, site: str) -> bool:
         return site in self._identity
+
+    def closed(self, site: str) -> bool:
+        """Its connection has closed and is not made again (yet)."""
+        return site in self._closed
 
     def silent_s(self, site: str) -> float:
         return time.monotonic() - self._seen.get(site, 0.0)
@@ -208,25 +240,45 @@ class Hub(Pump):
     def answer(self, identity: bytes, header: dict, payload=b"") -> None:
         self.post([identity, *pack(header, payload)])
 
-    def expect(self, round_: int, attempt: int, members: list[str]) -> None:
-        """Before a star-shaped attempt: whose chunks to add up, in this order."""
-        self._averages[round_, attempt] = {"members": members, "chunks": {}}
+    def attempt(self, round_: int, attempt: int, members: list[str], star: bool) -> None:
+        """Before an attempt: what is left of others is forgotten; by star, whose chunks to add up, in this order."""
+        self._order({"averages": [round_, attempt, members] if star else None, "why": "the next attempt began"})
 
-    def forget(self, round_: int) -> None:
-        """A round is over: its rendezvous keys and averages with it."""
-        self._values = {k: v for k, v in self._values.items() if not k.startswith(f"{round_}/")}
-        self._averages = {k: v for k, v in self._averages.items() if k[0] > round_}
+    def forget(self, why: str) -> None:
+        """An attempt cannot succeed: whoever still waits for a part of it is told so."""
+        self._order({"averages": None, "why": why})
+
+    def _order(self, order: dict) -> None:
+        self.post([b"", json.dumps(order).encode()])  # in line with what is sent to the sites
+
+    def send_parts(self, parts: list) -> None:
+        if parts[0]:
+            self.socket.send_multipart(parts, copy=False)
+            return
+        order = json.loads(parts[1])
+        asking = [(identity, request) for a in self._averages.values() for c in a["chunks"].values() for identity, request, _ in c.values()]
+        asking += [(identity, header["id"]) for identity, header, _ in self._waiting]
+        self._values, self._waiting, self._averages = {}, [], {}
+        if order["averages"]:
+            round_, attempt, members = order["averages"]
+            self._averages[round_, attempt] = {"members": members, "chunks": {}, "hashes": {}}
+        for identity, request in asking:
+            with contextlib.suppress(zmq.ZMQError):
+                self.socket.send_multipart([identity, *pack({"type": "reply", "re": request, "error": order["why"]})])
 
     def receive(self, frames: list[zmq.Frame]) -> None:
         message = unpack(frames[1:])
-        site = self._allowed.get(frames[0].get("User-Id"))
+        site = self._allow.site_of(frames[0].get("User-Id"))
         if message is None or site is None:
             return
         identity, (header, payload) = frames[0].bytes, message
         if header["type"] == "hello":
+            self._connection[frames[0].get(zmq.SRCFD)] = identity
             self.inbox.put((site, identity, header, payload))
             return
         if self._identity.get(site) != identity:
+            if header["type"] == "heartbeat":
+                self.answer(identity, {"type": "stranger"})
             return
         self._seen[site] = time.monotonic()
         handler = getattr(self, "_on_" + header["type"], None)
@@ -236,6 +288,7 @@ class Hub(Pump):
             self.inbox.put((site, identity, header, payload))
 
     def tick(self, ready: dict) -> None:
+        self._watch(ready)
         now, still = time.monotonic(), []
         for identity, header, until in self._waiting:
             if all(key in self._values for key in header["keys"]):
@@ -245,11 +298,36 @@ class Hub(Pump):
                 still.append((identity, header, until))
         self._waiting = still
 
+    def register(self, poller: zmq.Poller) -> None:
+        poller.register(self._monitor, zmq.POLLIN)
+
+    def _watch(self, ready: dict) -> None:
+        """Connections that came and went; keys that were revoked."""
+        while self._monitor in ready and self._monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            event = recv_monitor_message(self._monitor)
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._peer = peer_of(event["value"])
+            elif event["event"] == zmq.EVENT_DISCONNECTED:
+                identity = self._connection.pop(event["value"], None)
+                for site in [s for s, i in self._identity.items() if i == identity]:
+                    self._closed[site] = time.monotonic()
+            elif self._peer not in self._junk and len(self._junk) < 1000:
+                self._junk.add(self._peer)
+                print(f"coordinator | refused a connection from {self._peer} that does not speak our protocol", flush=True)
+        for site, since in list(self._closed.items()):
+            if time.monotonic() - since >= NOTICE_S:
+                del self._closed[site]
+                self.inbox.put((site, self._identity[site], {"type": "gone"}, b""))
+        for site in self._allow.refresh():
+            if site in self._identity:
+                self.inbox.put((site, self._identity[site], {"type": "gone", "why": "its key was revoked"}, b""))
+
     def _on_heartbeat(self, site, identity, header, payload) -> None:
         self.answer(identity, {"type": "heartbeat"})
 
     def _on_set(self, site, identity, header, payload) -> None:
-        self._values[header["key"]] = bytes(payload)
+        if len(self._values) < MAX_KEYS and len(payload) <= MAX_VALUE:
+            self._values[header["key"]] = bytes(payload)
         self.answer(identity, {"type": "reply", "re": header["id"]})
         self.tick({})
 
@@ -268,6 +346,7 @@ class Hub(Pump):
 
         average = self._averages.get((header["round"], header["attempt"]))
         if average is None or site not in average["members"]:
+            self.answer(identity, {"type": "reply", "re": header["id"], "error": "this attempt is over"})
             return
         parts = average["chunks"].setdefault(header["index"], {})
         parts[site] = (identity, header["id"], np.frombuffer(payload, np.float32))
@@ -275,6 +354,10 @@ class Hub(Pump):
             total = None
             for member in average["members"]:
                 total = parts[member][2].copy() if total is None else np.add(total, parts[member][2], out=total)
+            average["hashes"][header["index"]] = hashlib.sha256(total.data).digest()
+            if len(average["hashes"]) == header["of"]:  # told before the last answer goes out, so before any vote
+                whole = hashlib.sha256(b"".join(average["hashes"][i] for i in range(header["of"]))).hexdigest()
+                self.inbox.put((site, identity, {"type": "summed", "attempt": header["attempt"], "digest": whole}, b""))
             for member_identity, request, _ in parts.values():
                 self.answer(member_identity, {"type": "reply", "re": request}, total.data)
             del average["chunks"][header["index"]]
@@ -285,18 +368,46 @@ class Hub(Pump):
         super().close()
 
 
-class _AllowList:
-    """Says to the authenticator which keys may talk to us; tells of each refused key once."""
+class AllowList:
+    """Says to the authenticator which keys may talk to us: those of `names` in the folder, looked up again every second.
+    Tells of each refused key once."""
 
-    def __init__(self, allowed: dict[str, str]):
-        self.allowed, self.refused = allowed, set()
+    def __init__(self, folder: Path, names: list[str]):
+        self.folder, self.names = folder, names
+        self.refused: set[str] = set()
+        self.sites = {read_key(folder, name, secret=False)[0].decode(): name for name in names}
+        self._looked = time.monotonic()
+
+    def site_of(self, z85: str | None) -> str | None:
+        return self.sites.get(z85)
+
+    def refresh(self) -> list[str]:
+        """Sites whose key has gone since, or is another now."""
+        if time.monotonic() - self._looked < 1.0:
+            return []
+        self._looked, found = time.monotonic(), {}
+        for name in self.names:
+            with contextlib.suppress(BadInput):
+                found[read_key(self.folder, name, secret=False)[0].decode()] = name
+        revoked = [name for key, name in self.sites.items() if key not in found]
+        for name in revoked:
+            print(f"coordinator | the key of {name} is revoked", flush=True)
+        self.sites = found
+        return revoked
 
     def callback(self, domain: str, key: bytes) -> bool:
         z85 = key.decode()
-        if z85 not in self.allowed and z85 not in self.refused and len(self.refused) < 1000:
+        if z85 not in self.sites and z85 not in self.refused and len(self.refused) < 1000:
             self.refused.add(z85)
             print(f"coordinator | refused a connection with unknown key {z85[:8]}...", flush=True)
-        return z85 in self.allowed
+        return z85 in self.sites
+
+
+def peer_of(fd: int) -> str:
+    """The address at the other end of an accepted connection, if it is still there."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
+        return str(connection.getpeername()[0])
+    return "?"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,12 +415,18 @@ class _AllowList:
 
 
 class Link(Pump):
-    """Connects to the coordinator. Commands arrive in `inbox` as (header, payload)."""
+    """Connects to the coordinator. Commands arrive in `inbox` as (header, payload).
 
-    def __init__(self, address: str, keys: Path, site: str, heartbeat_s: float, dead_s: float):
+    `hello` is said with `status` (kept up to date by the main thread) at the start and whenever we are not known.
+    """
+
+    def __init__(self, address: str, keys: Path, site: str, heartbeat_s: float, dead_s: float, hello: dict):
         super().__init__("link")
         self.address, self.heartbeat_s, self.dead_s = address, heartbeat_s, dead_s
+        self.hello, self.status = hello, {}
         self.welcomed = False
+        self._greeted = 0.0
+        self._moved: str | None = None
         self._heard = self._beat = time.monotonic()
         self._replies: dict[int, queue.SimpleQueue] = {}
         self._next_id = 0
@@ -319,6 +436,7 @@ class Link(Pump):
         self.socket.curve_serverkey, _ = read_key(keys, "coordinator", secret=False)
         self._monitor = self.socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_SUCCEEDED
         )
         self.socket.connect(f"tcp://{address}")
         self.start()
@@ -337,7 +455,10 @@ class Link(Pump):
         try:
             while time.monotonic() < until and self.silent_s() < self.dead_s:
                 with contextlib.suppress(queue.Empty):
-                    return box.get(timeout=min(0.5, timeout_s))
+                    answer = box.get(timeout=min(0.5, timeout_s))
+                    if "error" in answer[0]:
+                        raise ChannelError(answer[0]["error"])
+                    return answer
             raise ChannelError(f"no answer to {header['type']} from the coordinator at {self.address} within {timeout_s:g} s")
         finally:
             self._replies.pop(number, None)
@@ -345,6 +466,10 @@ class Link(Pump):
     def silent_s(self) -> float:
         """Seconds since the coordinator was last heard."""
         return time.monotonic() - self._heard
+
+    def move(self, address: str) -> None:
+        """The coordinator listens elsewhere now."""
+        self._moved = address
 
     def register(self, poller: zmq.Poller) -> None:
         poller.register(self._monitor, zmq.POLLIN)
@@ -358,17 +483,42 @@ class Link(Pump):
         if header["type"] == "reply":
             if box := self._replies.get(header["re"]):
                 box.put((header, payload))
+        elif header["type"] == "stranger":
+            self._greet()
+        elif header["type"] == "welcome" and self.welcomed:
+            return
         elif header["type"] != "heartbeat":
             self.inbox.put((header, payload))
+
+    def _greet(self) -> None:
+        """Say hello, with where we stand."""
+        if time.monotonic() - self._greeted > 0.2:
+            self._greeted = time.monotonic()
+            self._send_now(pack(self.hello | {"status": self.status}))
+
+    def _send_now(self, parts: list) -> None:
+        """Send, or leave it when the queue of a link that is down is full."""
+        with contextlib.suppress(zmq.Again):
+            self.socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+
+    def send_parts(self, parts: list) -> None:
+        self._send_now(parts)
 
     def tick(self, ready: dict) -> None:
         if self._monitor in ready:
             event = recv_monitor_message(self._monitor)["event"]
-            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH or not self.welcomed:
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._greet()
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH or not self.welcomed:
                 self.inbox.put(({"type": "refused", "reason": f"the coordinator at {self.address} does not accept our key"}, b""))
+        if self._moved:
+            with contextlib.suppress(zmq.ZMQError):
+                self.socket.disconnect(f"tcp://{self.address}")
+            self.address, self._moved = self._moved, None
+            self.socket.connect(f"tcp://{self.address}")
         if self.welcomed and time.monotonic() - self._beat >= self.heartbeat_s:
             self._beat = time.monotonic()
-            self.socket.send_multipart(pack({"type": "heartbeat"}))
+            self._send_now(pack({"type": "heartbeat"}))
 
     def close(self) -> None:
         if not self._closing.is_set():

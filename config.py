@@ -109,6 +109,8 @@ class Sync:
     port: int = 0  # 0: a free one, written to runs/RUN/address
     heartbeat_s: float = 2.0
     dead_s: float = 8.0  # silence after which a peer counts as dead
+    chunk_s: float | None = None  # time-out of one chunk, and
+    attempt_s: float | None = None  # of one attempt to average; null: derived from measured rate and payload (timeouts.py)
 
 
 @dataclass
@@ -283,7 +285,8 @@ def _check(cfg: Config) -> None:
     for key, value in _numbers(plain(cfg)):
         if not math.isfinite(value):
             raise BadInput(f"{key}={value} must be a finite number")
-    for key in ("clock.max_hours", "rounds.commit_every_s", "rounds.max_steps", "model.width", "model.heads", "model.kv_heads"):
+    for key in ("clock.max_hours", "rounds.commit_every_s", "rounds.max_steps", "sync.chunk_s", "sync.attempt_s",
+                "model.width", "model.heads", "model.kv_heads"):  # fmt: skip
         value = OmegaConf.select(cfg, key)
         if value is not None and value <= 0:
             raise BadInput(f"{key}={value} must be > 0, or null")
@@ -323,8 +326,6 @@ def _check(cfg: Config) -> None:
     if cfg.policy.off_above_g_per_kwh < cfg.policy.on_below_g_per_kwh:
         raise BadInput(f"policy.off_above_g_per_kwh={cfg.policy.off_above_g_per_kwh} must be >= "
                        f"policy.on_below_g_per_kwh={cfg.policy.on_below_g_per_kwh}")  # fmt: skip
-    if cfg.sync.heartbeat_s * 2 > cfg.sync.dead_s:
-        raise BadInput(f"sync.dead_s={cfg.sync.dead_s} must be at least twice sync.heartbeat_s={cfg.sync.heartbeat_s}")
     if (cfg.sync.host not in LOOPBACK or cfg.sync.interface != "lo") and cfg.sync.topology == "ring":
         if not cfg.sync.trusted_network:
             raise BadInput(f"sync.topology=ring over host {cfg.sync.host}, interface {cfg.sync.interface}: gloo has no "

@@ -4,6 +4,9 @@
     python coordinator.py keys configs/demo.yaml                make the CURVE keys of its sites
     python coordinator.py check runs/demo                       the invariants of a run, one line each
 
+It may be killed at any moment and started again: the sites hold still or work off their leases meanwhile, the journal says
+what was decided, and they say where they stand.
+
 The decisions are rounds.py's; this file carries them out. On the virtual clock `simulate.drive` steps time and
 `execute` waits for the sites where their answer is needed; on the wall clock `run_wall` passes on what arrives when it
 arrives. Before anything is told to a site it is in the journal, fsynced.
@@ -11,6 +14,7 @@ arrives. Before anything is told to a site it is in the journal, fsynced.
 Only the control channel listens, at sync.host:sync.port, for holders of a key (see channel.py).
 """
 
+import contextlib
 import fcntl
 import queue
 import shutil
@@ -28,15 +32,18 @@ import carbon
 import config
 import report
 import simulate
-from channel import Hub, make_keys, read_key
+import sync
+import timeouts
+from channel import Hub, make_keys
 from config import BadInput
 from data import Corpus
-from journal import Journal, Replay, check, effective, read
+from journal import Journal, Replay, Unwritable, check, effective, read
 from model import Shape, shape_of
 from rounds import Action, Run
 from vault import Vault
 
 RUN_FILES = ("*.jsonl", "intervals.csv", "summary.json", "config.yaml", "address")
+INTERVALS_EVERY_S = 5.0
 RUN_FOLDERS = ("state", "sites", "figures", "wandb", "logs")
 
 
@@ -58,16 +65,24 @@ class Coordinator:
         self.journal = Journal(self.dir / "journal.jsonl")
         self.vault = Vault(cfg, self.dir / "state")
         self.run, self.samples = simulate.new_run(cfg, self.traces)
+        self.incarnations: dict[str, str] = {}  # of each site's last process
+        self.unheard: set[str] = set()  # after a restart: sites that should say hello
+        self.result: dict[str, torch.Tensor] = {}  # a round's result that a holder sent up, by its digest
         self.hub = self._listen()
         self.t = 0.0  # run time of what is being handled
         self.holds: dict[str, int] = {}  # site -> round it last reported to hold
         self.owed_stores: dict[int, float] = {}  # round -> run time of the commit that made it
-        self.owed_evals: set[int] = set()
+        self.owed_evals: dict[int, str] = {}  # round -> site that measures it
         self.frozen_at: dict[str, float] = {}  # site -> monotonic time of its last freeze
         self.replay: Replay | None = None  # decisions to repeat before going live (virtual resume)
         (self._genesis if at_start else lambda shape: self._restore())(shape)
+        self.payload_bytes, self.bytes_per_s = 4 * self.vault.numel, timeouts.FIRST_GUESS
+        self.timeouts = timeouts.derive(cfg, self.payload_bytes)
+        self.run.attempt_s = self.timeouts.attempt_s
         self.panel = report.Panel(cfg, self.vault.run_id, "coordinator")
         self.predicted_end_s = self._predict()
+        self.attempt_began = 0.0
+        self._receiving: tuple[str, torch.Tensor] | None = None
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -99,18 +114,23 @@ class Coordinator:
         return not records
 
     def _listen(self) -> Hub:
-        c, keys, names = self.cfg.sync, self.dir / "keys", list(self.cfg.sites)
+        c, keys, names, file = self.cfg.sync, self.dir / "keys", list(self.cfg.sites), self.dir / "address"
         if c.host in config.LOOPBACK:
             make_keys(keys, names)
-        allowed = {read_key(keys, name, secret=False)[0].decode(): name for name in names}
-        hub = Hub(c.host, c.port, keys, allowed, self._read_state, c.chunk_mb << 20)
+        hub, before = None, file.read_text().strip().rpartition(":") if file.exists() else ("", "", "")
+        if c.port == 0 and before[0] == c.host:  # where the sites of a run that goes on still look for us
+            with contextlib.suppress(BadInput):
+                hub = Hub(c.host, int(before[2]), keys, names, self._read_state, c.chunk_mb << 20)
+        hub = hub or Hub(c.host, c.port, keys, names, self._read_state, c.chunk_mb << 20)
         tmp = self.dir / "address.tmp"
         tmp.write_text(hub.address + "\n")
         tmp.replace(self.dir / "address")
         return hub
 
     def _read_state(self, round_: int, name: str, start: int, stop: int) -> bytes | None:
-        """What joiners may download: stored states only."""
+        """What sites may download: stored states, and a result some of them have agreed on already."""
+        if name in self.result:
+            return bytes(sync.raw(self.result[name][start:stop]))
         return self.vault.states.read(round_, name, start, stop) if round_ <= self.run.stored else None
 
     def _genesis(self, shape: Shape) -> None:
@@ -136,19 +156,23 @@ class Coordinator:
             if self.replay.done:
                 self._go_live(0.0)
             return
-        now_s = round(time.time() - self.epoch, 3)
-        if lost := [r for r in held if r["type"] == "commit" and r["round"] >= start]:  # committed, but its holders are gone
-            self.journal.add([{"t_s": now_s, "type": "rollback", "to_round": start, "tokens": sum(r["tokens"] for r in lost)}])
-        for record in held:
-            if record["type"] == "commit" and record["round"] < start:
-                for ranges in record["batches"].values():
-                    self.run.ledger.replay(ranges)
-        self.run.round = self.run.stored = start
+        run, now_s = self.run, max(time.time() - self.epoch, self.journal.records[-1]["t_s"])
+        for r in held:
+            self.incarnations |= r.get("wall", {}).get("incarnations", {})
         if (self.dir / "intervals.csv").exists():
-            self.run.meter = carbon.Meter(list(self.cfg.sites), carbon.read_intervals(str(self.dir / "intervals.csv")))
-        done = {r["round"] for r in held if r["type"] in ("commit", "cancel")}
-        for number in sorted({r["round"] for r in held if r["type"] == "open"} - done):
-            self.journal.add([{"t_s": now_s, "type": "cancel", "round": number, "reason": "coordinator restarted", "tokens": 0}])
+            rows = carbon.read_intervals(str(self.dir / "intervals.csv"))
+            gap_s = now_s - max((r.end_s for r in rows), default=0.0)
+            alive = gap_s <= self.cfg.rounds.max_offline_s  # sites give up after that: they were off since
+            run.meter = carbon.Meter(list(self.cfg.sites), rows, keep_last=alive)
+        run.restore(now_s, held, start)
+        for lost in run.unstored:
+            self.vault.agreed[lost["round"] + 1] = next(r["digest"] for r in held if r["type"] == "commit" and r["round"] == lost["round"])
+        while self.samples.next_time() <= now_s:
+            t = self.samples.next_time()
+            for site, mci in self.samples.due(t):
+                run.observe(t, site, mci)
+        run.schedule.resume()
+        self.unheard = {name for name, site in run.schedule.sites.items() if site.state != "off"}
 
     def _predict(self) -> float:
         """When the schedule should end by configured rates: for the ETA."""
@@ -190,7 +214,7 @@ class Coordinator:
                 part = self._signal(site, run.now.open_s, t)
                 self.hub.send(site, {"type": "go", "round": d["round"], "steps": d["steps"][site], "signal": part})
             self._settle()
-            self._await(lambda: run.phase != "freezing", d["members"])
+            self._await(lambda: run.phase != "freezing")
             return
         if action.kind in ("fetch", "evaluate", "end") or any(t > made for made in self.owed_stores.values()):
             self._settle()
@@ -200,11 +224,11 @@ class Coordinator:
             return
         self._tell(action)
         if action.kind == "store":
-            self._await(lambda: run.stored >= d["round"] or run.ended, [action.site])
+            self._await(lambda: run.stored >= d["round"] or not run.pending)
         elif action.kind == "attempt":
-            self._await(lambda: run.phase != "reduce" or len(run.now.votes) == len(d["members"]), d["members"])
+            self._await(lambda: run.phase != "reduce" or run.now.agreement.result or run.now.agreement.number > d["attempt"])
         elif action.kind == "evaluate":
-            self._await(lambda: run.ended, [action.site])
+            self._await(lambda: run.phase != "ending" or action.site not in run.holds)
 
     def _go_live(self, t: float) -> None:
         """All decisions up to the stored state are repeated; from here on they are carried out."""
@@ -236,35 +260,43 @@ class Coordinator:
                 self.run.finish(t, f"{site}: {why}, and no other site is connected", config.EXIT_FAILED)
             return
         self._send_fetch(site, round_, own_disk)
-        self._await(lambda: self.holds.get(site) == round_ or self.run.ended, [site])
+        self._await(lambda: self.holds.get(site) == round_ or not self.hub.connected(site))
 
     def _settle(self) -> None:
         """Wait for what was promised but costs no virtual time: states to store, evaluations."""
-        self._await(lambda: not (self.owed_stores or self.owed_evals) or self.run.ended, list(self.cfg.sites))
+        self._await(lambda: not (self.owed_stores or self.owed_evals))
         self._record(self.run.take_records())
 
-    def _await(self, done, sites: list[str]) -> None:
-        """Receive until done(); a site that falls silent meanwhile is lost."""
-        while not done():
+    def _await(self, done) -> None:
+        """Receive until done(), or the run has ended; a site that falls silent meanwhile is lost. What its loss asks for at
+        once is carried out at once, the rest when the clock goes on."""
+        while not done() and not self.run.ended:
             self._receive(0.05)
-            self._check_alive(sites)
+            self._check_alive()
+            for action in self.run.take_urgent():
+                self._tell(action)
 
-    def _check_alive(self, sites: list[str]) -> None:
-        for site in sites:
+    def _check_alive(self) -> None:
+        for site in self.cfg.sites:
             if self.hub.connected(site) and self.hub.silent_s(site) > self.cfg.sync.dead_s:
-                self.hub.dismiss(site)
-                self.run.lost(self.t, site, f"has not been heard for {self.cfg.sync.dead_s:g} s")
-            elif not self.hub.connected(site) and site in self.run.holds and not self.run.ended:
-                self.run.lost(self.t, site, "has left")
+                self._lost(site, f"has not been heard for {self.cfg.sync.dead_s:g} s")
+
+    def _lost(self, site: str, why: str, sure: bool = False) -> None:
+        """A site's process is gone, or as good as gone; whoever waits for it is told."""
+        self.hub.dismiss(site)
+        self.holds.pop(site, None)
+        self.owed_evals = {r: s for r, s in self.owed_evals.items() if s != site}
+        if self.run.phase == "reduce":
+            self.hub.forget(f"{site} {why}")
+        self.run.lost(self.t, site, why, sure or self.virtual)
 
     # -- the wall clock -----------------------------------------------------------------------------------------------
 
     def run_wall(self) -> None:
         """Real time: pass on what arrives, tell what is due."""
         run, started = self.run, time.monotonic()
-        if len(self.journal.records) == 1:
-            self.epoch = time.time()  # a new run begins now, not when the model was made
-        offset = time.time() - self.epoch
+        offset = max(time.time() - self.epoch, self.journal.records[-1]["t_s"])
+        heard_by, written = started + self.cfg.sync.dead_s, started
         while not run.ended:
             self.t = offset + time.monotonic() - started
             for site, mci in self.samples.due(self.t):
@@ -278,12 +310,22 @@ class Coordinator:
             self._carry_out()
             due = min(run.next_time(), self.samples.next_time())
             self._receive(min(0.2, max(0.001, due - self.t)))
+            self._check_alive()
             self._carry_out()
-            self._check_alive(list(self.cfg.sites))
+            if self.unheard and time.monotonic() > heard_by:
+                for site in sorted(self.unheard):
+                    self._lost(site, "has not come back since the coordinator was restarted")
+                self.unheard.clear()
+            if time.monotonic() - written > INTERVALS_EVERY_S:
+                carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.t))
+                written = time.monotonic()
         self._carry_out()
 
     def _carry_out(self) -> None:
         records, actions = self.run.take()
+        for record in records:
+            if record["type"] == "open":
+                record["wall"] = {"incarnations": {s: self.incarnations[s] for s in record["members"]}}
         self._record(records)
         self.journal.flush()
         for action in actions:
@@ -305,26 +347,36 @@ class Coordinator:
                 own = {"leases": d["leases"][site], "signal": self._signal(site, self.t, self.t)}
                 self.hub.send(site, header | own | self._spent(site))
         elif action.kind == "attempt":
-            if self.cfg.sync.topology == "star":
-                self.hub.expect(d["round"], d["attempt"], d["members"])
+            self.hub.attempt(d["round"], d["attempt"], d["members"], star=d["topology"] == "star")
             last = max(self.frozen_at.get(s, 0.0) for s in d["members"])
+            self.attempt_began = time.monotonic()
             for rank, site in enumerate(d["members"]):
                 waited_s = last - self.frozen_at.get(site, last)
-                self.hub.send(site, header | {"rank": rank, "weight": d["weights"][site], "waited_s": waited_s})
+                self.hub.send(site, header | {"rank": rank, "weight": d["weights"][site], "waited_s": waited_s,
+                                         "chunk_s": self.timeouts.chunk_s})  # fmt: skip
         elif action.kind == "commit":
-            if d["sender"]:
-                self.vault.agreed[d["round"] + 1] = d["digest"]
-                self.owed_stores[d["round"] + 1] = self.t
+            made = d["round"] + 1
+            if d["attempt"]:
+                self.vault.agreed[made] = d["digest"]
+                self.owed_stores.setdefault(made, self.t)
             if d["evaluate"]:
-                self.owed_evals.add(d["round"] + 1)
+                self.owed_evals[made] = d["evaluate"]
             for site in d["members"]:
                 self.hub.send(site, header | {"send": site == d["sender"], "eval": site == d["evaluate"]})
-            self.hub.forget(d["round"])
+            if (result := self.result.get(d["digest"])) is not None:  # it is here already
+                whole = {"round": made, "site": "", "name": "delta", "start": 0, "stop": result.numel(), "last": True}
+                self._stored(whole, sync.raw(result))
+            self.result = {}
             carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.t))
+        elif action.kind == "rollback":
+            self.owed_stores, self.result = {}, {}
+            self.owed_evals = {}
+            for site in self.cfg.sites:
+                self.hub.send(site, {"type": "cancel"} | d)
         elif action.kind in ("cancel", "end"):
             for site in d.get("members", self.cfg.sites):
                 self.hub.send(site, header)
-        elif action.kind in ("lease", "drop", "evaluate"):
+        elif action.kind in ("lease", "drop", "evaluate", "resend", "give", "take"):
             self.hub.send(action.site, header)
 
     def _send_fetch(self, site: str, round_: int, own_disk: bool = False) -> None:
@@ -370,26 +422,53 @@ class Coordinator:
         if wrong:
             print(f"coordinator | refused {site}: {wrong}", flush=True)
             self.hub.answer(identity, {"type": "refused", "reason": wrong})
-        elif self.hub.connected(site) and self.hub.silent_s(site) < self.cfg.sync.dead_s:
+            return
+        known, incarnation, status = self.incarnations.get(site), hello["incarnation"], hello.get("status")
+        alive = self.hub.connected(site) and not self.hub.closed(site) and self.hub.silent_s(site) < self.cfg.sync.dead_s
+        if alive and incarnation != known:
             self.hub.answer(identity, {"type": "refused", "busy": True, "reason": f"site {site} is already connected"})
-        else:
-            if self.hub.connected(site):
-                self.run.lost(self.t, site, "was replaced by a new process")
-            self.hub.admit(site, identity)
-            if not self.virtual:
-                self.run.present(site)
-            self.holds.pop(site, None)
-            self.hub.send(site, {"type": "welcome", "run_id": self.vault.run_id})
+            return
+        again = bool(status) and known in (incarnation, None)
+        if known and not again:
+            self._lost(site, "was replaced by a new process", sure=True)
+        self.hub.admit(site, identity)
+        self.incarnations[site] = incarnation
+        self.unheard.discard(site)
+        self.holds.pop(site, None)
+        self.hub.send(site, {"type": "welcome", "run_id": self.vault.run_id})
+        if not again:
             print(f"{site:15} | connected, torch {hello['versions']['torch']}, {hello['device']}, {hello['ranks']} rank(s)", flush=True)
+        if self.virtual:
+            if again:  # what it holds may be ahead of the stored state: back to that, exactly
+                self.hub.send(site, {"type": "drop", "keep": True})
+        elif again:
+            self.run.back(self.t, site, status)
+        else:
+            self.run.present(site)
+
+    def _on_gone(self, site: str, header: dict, payload) -> None:
+        self._lost(site, header.get("why", "has closed its connection"))
 
     def _on_bye(self, site: str, header: dict, payload) -> None:
-        self.hub.dismiss(site)
-        if not self.run.ended:
-            self.run.lost(self.t, site, f"has left: {header['reason']}")
+        self._lost(site, f"has left: {header['reason']}", sure=True)
+
+    def _on_leaving(self, site: str, header: dict, payload) -> None:
+        if self.virtual:
+            self._lost(site, f"has left: {header['reason']}")
+        else:
+            self.run.leave(self.t, site, header["reason"])
+
+    def _on_summed(self, site: str, header: dict, payload) -> None:
+        self.run.summed(header["attempt"], header["digest"])
 
     def _on_current(self, site: str, header: dict, payload) -> None:
         self.holds[site] = header["round"]
         self.run.current(self.t, site, header["round"])
+
+    def _on_again(self, site: str, header: dict, payload) -> None:
+        """A download did not arrive whole, or was of a round that is no longer kept."""
+        if site in self.run.fetching or self.run.schedule.sites[site].state in ("starting", "on"):
+            self._send_fetch(site, self.run.stored)
 
     def _on_frozen(self, site: str, header: dict, payload) -> None:
         self.frozen_at[site] = time.monotonic()
@@ -402,16 +481,21 @@ class Coordinator:
         if self.run.now and header["round"] == self.run.now.number:
             if not self.virtual:  # the next leaver needs this long: the last measured sync, old ones fading
                 self.run.sync_s = max(self.t - self.run.now.freeze_s, 0.5 * self.run.sync_s)
+                self.bytes_per_s = 0.5 * (self.bytes_per_s + self.payload_bytes / max(time.monotonic() - self.attempt_began, 1e-3))
+                self.timeouts = timeouts.derive(self.cfg, self.payload_bytes, self.bytes_per_s)
+                self.run.attempt_s = self.timeouts.attempt_s
             self.run.voted(self.t, site, header["attempt"], header["digest"])
 
     def _on_failed(self, site: str, header: dict, payload) -> None:
-        self.run.lost(self.t, site, f"could not average round {header['round']}: {header['reason']}")
+        if self.run.now and header["round"] == self.run.now.number:
+            self.run.failed(self.t, site, header["attempt"], header["reason"])
 
     def _on_more(self, site: str, header: dict, payload) -> None:
-        self.run.more(self.t, site)
+        if self.run.now and header["round"] == self.run.now.number:
+            self.run.more(self.t, site, header["known"])
 
     def _on_eval(self, site: str, header: dict, payload) -> None:
-        self.owed_evals.discard(header["round"])
+        self.owed_evals.pop(header["round"], None)
         self.run.evaluated(self.t, header["round"], header["val_loss"], header["val_bpb"])
 
     def _on_progress(self, site: str, header: dict, payload) -> None:
@@ -422,17 +506,39 @@ class Coordinator:
 
     def _complain(self, complaints: list[tuple[str, str]]) -> None:
         for site, complaint in complaints:
-            self.run.lost(self.t, site, complaint)
+            self.run.differs(self.t, site, complaint)
 
     def _on_upload(self, site: str, header: dict, payload) -> None:
         """A chunk of the agreed average (federated) or of a local round's result; the last one makes a state durable."""
         self.hub.send(site, {"type": "reply", "re": header["id"]})
+        if header["name"] == "result":
+            self._on_result(header, payload)
+            return
+        new = header["round"] > self.run.stored + 1 if header["name"] in ("theta", "m") else False
+        if header["round"] == self.run.stored + 1 or new:
+            try:
+                self._stored(header | {"site": site}, payload)
+            except ValueError as error:
+                self.run.differs(self.t, site, str(error))
+
+    def _on_result(self, header: dict, payload) -> None:
+        """A chunk of what some members have agreed on and others lack."""
+        digest = header["digest"]
+        if digest not in self.result:
+            self.result = {}
+            self._receiving = (digest, torch.empty(self.vault.numel)) if header["start"] == 0 else self._receiving
+        if self._receiving[0] != digest:
+            return
+        vector = self._receiving[1]
+        vector[header["start"] : header["stop"]] = torch.frombuffer(bytearray(payload), dtype=torch.float32)
+        if header["last"] and sync.digest(vector, self.cfg.sync.chunk_mb) == digest:
+            self.result = {digest: vector}
+            self.run.at_head(self.t, header["attempt"], digest)
+
+    def _stored(self, header: dict, payload) -> None:
+        """One more chunk of a state to store; after the last one it is durable."""
         round_ = header["round"]
-        try:
-            if round_ != self.run.stored + 1 or not self.vault.receive(header, payload):
-                return
-        except ValueError as error:
-            self.run.lost(self.t, site, str(error))
+        if not self.vault.receive(header, payload):
             return
         made_s = self.owed_stores.pop(round_, self.t) if self.virtual else self.t
         self.owed_stores.pop(round_, None)
@@ -465,6 +571,10 @@ class Coordinator:
         self.journal.close()
         return self.run.code
 
+    def give_up(self) -> None:
+        """The journal cannot be written: nothing more is told to anyone. The sites hold still; a restart resumes."""
+        self.hub.close()
+
 
 def run_command(argv: list[str]) -> int:
     cfg = config.load(argv)
@@ -475,10 +585,17 @@ def run_command(argv: list[str]) -> int:
     try:
         print(report.opening(cfg, c.traces, c.vault.numel, c.hub.address, c.predicted_end_s), flush=True)
         (c.run_virtual if c.virtual else c.run_wall)()
+        code = c.close()
     except Interrupted:
         c.interrupt()
-    finally:
         code = c.close()
+    except Unwritable as error:
+        c.give_up()
+        print(f"coordinator: {error}", file=sys.stderr, flush=True)
+        return config.EXIT_FAILED
+    except BaseException:
+        c.give_up()
+        raise
     summary = report.write_summary(c.dir, cfg, c.traces)
     c.panel.finish(summary)
     print(report.table(summary, cfg), flush=True)

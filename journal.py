@@ -20,6 +20,10 @@ from ledger import Ledger
 MEASURED = ("n", "wall", "digest", "digest_theta", "digest_m")
 
 
+class Unwritable(RuntimeError):
+    """A file of the run cannot be written. The message is one line: path, reason, remedy."""
+
+
 def order(record: dict) -> tuple:
     return record["t_s"], record["type"] == "end", record["type"], record.get("site") or ""
 

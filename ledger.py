@@ -68,10 +68,19 @@ class Ledger:
         self.num_committed += count(ranges)
         assert self.num_committed + count(self.free) <= self.num_batches
 
-    def replay(self, ranges: Ranges) -> None:
-        """Commit ids read back from a journal: these very ones, out of the free ones."""
+    def uncommit(self, ranges: Ranges) -> None:
+        """A committed round was lost before it was durable: its ids are free again."""
+        self.num_committed -= count(ranges)
+        self.give_back(ranges)
+
+    def take(self, ranges: Ranges) -> None:
+        """Lease ids read back from a journal: these very ones, out of the free ones."""
         for a, b in ranges:
             before = count(self.free)
             self.free = [part for x, y in self.free for part in ([x, min(y, a)], [max(x, b), y]) if part[0] < part[1]]
-            assert before - count(self.free) == b - a, f"batches [{a}, {b}) committed twice"
+            assert before - count(self.free) == b - a, f"batches [{a}, {b}) taken twice"
+
+    def replay(self, ranges: Ranges) -> None:
+        """Commit ids read back from a journal."""
+        self.take(ranges)
         self.num_committed += count(ranges)

@@ -6,6 +6,7 @@ from it. theta, m and the two buffers are flat fp32 CPU vectors (see sync.py); o
 rank 0 speaks to the coordinator and shares what it learns.
 """
 
+import json
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from model import GPT, Shape
 from optim import Inner
 
 KEEP_INNER = 2
+TRIES = 3  # downloads of a state before we give up on it
 
 
 class Mismatch(RuntimeError):
@@ -34,18 +36,16 @@ class Replica:
         self.chunk_mb = cfg.sync.chunk_mb
         self.round = -1  # whose start state theta and m are; -1: none
         self.digest = ""
+        self.mean_of = -1  # the round whose committed average `mean` still is
         self.model: GPT | None = None
         self.inner: Inner | None = None
         self._background: list[threading.Thread] = []
 
     # -- from and to the coordinator ----------------------------------------------------------------------------------
 
-    def fetch(self, round_: int, numel: int, digest: str | None, own_disk: bool) -> bool:
-        """Download theta and m of a round and build the model around them.
-
-        The inner optimizer's state of that very round is taken from our own disk if it survived there and `own_disk`
-        says it may (a resume, or keep_disk); True if so. Else it starts fresh. Raises Mismatch on a wrong digest.
-        """
+    def download(self, round_: int, numel: int, digest: str | None) -> bool:
+        """theta and m of a round from the coordinator, at rank 0, unless we hold them already. False if the coordinator fell
+        silent, no longer has that round, or TRIES downloads arrived with another digest."""
         if self.model is None:
             self.model = GPT(self.shape).to(self.device)
             self.flat = sync.Flat(self.model)
@@ -53,13 +53,30 @@ class Replica:
         if self.flat.numel != numel:
             raise Mismatch(f"the model here has {self.flat.numel} parameters, the run's {numel}")
         self.settle()
-        if self.rank == 0:
-            self._download(round_, "theta", self.theta)
-            self._download(round_, "m", self.m)
+        if self.rank or (round_ == self.round and digest == self.digest == sync.digest(self.theta, self.chunk_mb)):
+            return True
+        self.round = self.mean_of = -1
+        for _ in range(TRIES):
+            try:
+                self._download(round_, "theta", self.theta)
+                self._download(round_, "m", self.m)
+            except ChannelError:
+                return False
+            self.digest = sync.digest(self.theta, self.chunk_mb)
+            if digest is None or self.digest == digest:
+                return True
+            print(f"round {round_} arrived with digest {self.digest[:12]}, the coordinator's is {digest[:12]}; again", flush=True)
+        return False
+
+    def take(self, round_: int, own_disk: bool) -> bool:
+        """What was downloaded becomes the start of our next round, on all ranks.
+
+        The inner optimizer's state of that very round is taken from our own disk if it survived there and `own_disk`
+        says it may (a resume, or keep_disk); True if so. Else it starts fresh.
+        """
         self._share()
         self.round, self.digest = round_, sync.digest(self.theta, self.chunk_mb)
-        if digest and self.digest != digest:
-            raise Mismatch(f"round {round_} arrived with digest {self.digest[:12]}, the coordinator's is {digest[:12]}")
+        self._log("fetch")
         self.restore()
         if self.inner is not None:
             return False
@@ -70,10 +87,27 @@ class Replica:
         for a, b in sync.chunks(vector.numel(), self.chunk_mb):
             header, data = self.link.request({"type": "chunk", "round": round_, "name": name, "start": a, "stop": b})
             if not header["found"]:
-                raise Mismatch(f"the coordinator has no stored round {round_}")
+                raise ChannelError(f"the coordinator has no {name[:12]} of round {round_}")
             vector[a:b] = torch.frombuffer(bytearray(data), dtype=torch.float32)
 
-    def upload(self, parts: dict[str, torch.Tensor]) -> None:
+    def receive(self, digest: str) -> bool:
+        """The result the others agreed on, into `mean`; False if it did not arrive whole."""
+        try:
+            self._download(self.round, digest, self.mean)
+        except ChannelError:
+            return False
+        return sync.digest(self.mean, self.chunk_mb) == digest
+
+    def give(self, attempt: int, digest: str) -> None:
+        """Send the result in `mean` up, for those who lack it."""
+        self.upload({"result": self.mean}, {"attempt": attempt, "digest": digest})
+
+    def resend(self) -> None:
+        """Send the state we hold once more: the committed average that made it, if we still have it, or the state itself."""
+        self.settle()
+        self.upload({"delta": self.mean} if self.mean_of == self.round - 1 else {"theta": self.theta, "m": self.m})
+
+    def upload(self, parts: dict[str, torch.Tensor], about: dict | None = None) -> None:
         """Send vectors that make up the state we now hold, in the background, chunk by chunk."""
         if self.rank:
             return
@@ -83,10 +117,11 @@ class Replica:
         def send():
             for i, (name, vector, a, b) in enumerate(todo):
                 header = {"type": "upload", "round": round_, "name": name, "start": a, "stop": b, "last": i == len(todo) - 1}
+                header |= about or {}
                 try:
                     self.link.request(header, bytes(sync.raw(vector[a:b])))
                 except ChannelError:
-                    return  # the coordinator is gone; the site's main thread notices by itself
+                    return  # the coordinator is gone; when it is back it asks for what it lacks
 
         self._in_background(send)
 
@@ -123,20 +158,23 @@ class Replica:
     def average(self, weight: float, reduce_chunk, stepped: bool) -> str:
         """Our weighted pseudo-gradient, reduced over the members, into `mean`; returns the digest to vote for."""
         self.settle()  # `mean` may still be on its way to the coordinator
+        self.mean_of = -1
         return sync.average(self.theta, self.theta_i if stepped else None, weight, reduce_chunk, self.chunk_mb, self.mean)
 
-    def apply(self) -> None:
-        """The outer step with the committed average, the same bits at every member."""
+    def apply(self, result: str) -> None:
+        """The outer step with the committed average (digest `result`), the same bits at every member."""
         if self.rank == 0:
             self._outer_step()
         self._share()
         self.restore()
-        self._now_holds(self.round + 1)
+        self.mean_of = self.round
+        self._now_holds(self.round + 1, "commit", result)
 
     def take_own(self) -> dict[str, torch.Tensor]:
         """A local round's result becomes theta: as it is (m = 0), or by an outer step of its own (`rounds.local`).
         Returns the vectors the coordinator needs."""
         self.settle()
+        self.mean_of = -1
         if self.cfg.rounds.local == "outer":
             torch.sub(self.theta, self.theta_i, out=self.mean)
             self._outer_step()
@@ -146,22 +184,35 @@ class Replica:
             self.theta.copy_(self.theta_i)
             self.m.zero_()
             parts = {"theta": self.theta}
-        self._now_holds(self.round + 1)
+        self._now_holds(self.round + 1, "local")
         return parts
 
     def _outer_step(self) -> None:
         r = self.cfg.rounds
         sync.outer_step_(self.theta, self.m, self.mean, r.outer, r.outer_lr, r.outer_momentum)
 
-    def _now_holds(self, round_: int) -> None:
+    def _now_holds(self, round_: int, how: str, result: str = "") -> None:
         self.round, self.digest = round_, sync.digest(self.theta, self.chunk_mb)
+        self._log(how, result)
         self._save_inner()
+
+    def _log(self, how: str, result: str = "") -> None:
+        """One line for each state we come to hold: evidence for `coordinator.py check`."""
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            line = {"run_id": self.run_id, "round": self.round, "how": how, "digest": self.digest, "result": result}
+            with open(self.folder / "held.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    @property
+    def num_chunks(self) -> int:
+        return len(sync.chunks(self.flat.numel, self.chunk_mb))
 
     def drop(self, keep_disk: bool) -> None:
         """What was on the machine is gone."""
         self.settle()
         self.model = self.inner = self.theta = self.m = self.theta_i = self.mean = None
-        self.round = -1
+        self.round = self.mean_of = -1
         if not keep_disk and self.rank == 0:
             for path in self._inner_files():
                 path.unlink()

@@ -22,10 +22,13 @@ arrive at once and the machine waits until they are due. False (wall clock): rep
 import heapq
 from dataclasses import dataclass, field
 
+from agreement import Agreement, Verdict
 from carbon import Meter
 from ledger import Ledger, Ranges, count, split
 from scheduler import INFINITY, Move, Schedule
 
+URGENT = ("resend", "give", "take", "cancel", "drop", "rollback")
+BLOWN = 2  # rounds running without one finite number: the run ends
 ROUND_OFF = 1e-6  # seconds; a step that ends this close to a deadline fits
 
 
@@ -45,6 +48,10 @@ class Facts:
     grace_s: float
     eval_every_rounds: int
     end_s: float  # the trace or clock.max_hours ends here
+    star: bool = False  # averages always go by way of the head node
+    dead_s: float = 8.0
+    attempt_s: float = 60.0  # wall: how long an attempt to average may take
+    max_offline_s: float = 600.0
 
 
 def facts_of(cfg, end_s: float) -> Facts:
@@ -53,14 +60,14 @@ def facts_of(cfg, end_s: float) -> Facts:
     return Facts(
         {name: per_step / rate for name, rate in rates.items()}, rates, per_step, cfg.budget.tokens // per_step,
         cfg.clock.mode == "virtual", r.train_s, r.sync_s, r.max_steps, r.commit_every_s, r.grace_s,
-        cfg.eval.every_rounds, end_s,
+        cfg.eval.every_rounds, end_s, cfg.sync.topology == "star", cfg.sync.dead_s, max_offline_s=r.max_offline_s,
     )  # fmt: skip
 
 
 @dataclass(slots=True)
 class Action:
-    """Something to tell the sites. `kind`: start, fetch, open, lease, freeze, store, attempt, commit, cancel, drop,
-    evaluate, end."""
+    """Something to tell the sites. `kind`: start, fetch, open, lease, freeze, store, resend, attempt, give, take, commit, cancel,
+    rollback, drop, evaluate, end."""
 
     kind: str
     site: str | None = None
@@ -77,10 +84,12 @@ class Round:
     leases: dict[str, Ranges]
     steps: dict[str, int] = field(default_factory=dict)  # frozen members
     freeze_s: float = INFINITY
-    attempt: int = 0
-    taking_part: list[str] = field(default_factory=list)  # members and joiners of the attempt
-    tokens: dict[str, int] = field(default_factory=dict)
-    votes: dict[str, str] = field(default_factory=dict)
+    silent: dict[str, float] = field(default_factory=dict)  # wall: members that cannot be heard -> since when
+    gone: set[str] = field(default_factory=set)  # dead or left out; nothing of theirs is waited for
+    non_finite: tuple[str, int] | None = None  # a site and its step
+    agreement: Agreement | None = None  # from the freeze on
+    attempt_s: float = INFINITY  # when the present attempt began
+    told: dict = field(default_factory=dict)  # what `open` said
 
 
 class Run:
@@ -98,11 +107,67 @@ class Run:
         self.fetching: set[str] = set()  # sites told to download the state
         self.sync_s = facts.sync_s  # wall: replaced by what was measured
         self.rates = dict(facts.rates)  # wall: likewise
+        self.unstored: list[dict] = []  # committed federated rounds whose result is not durable yet
+        self.sender: str | None = None  # who sends the last of them
+        self.rollback_at = INFINITY  # wall: give up on them then
+        self.last: dict | None = None  # the last federated commit, for members that missed it
+        self.blown = 0  # rounds running in which nobody had finite numbers
+        self.attempt_s = facts.attempt_s  # wall: follows the measured rate
         self.reason, self.code = "", 0
         self._power = None  # what the sites' power was last derived from, and
         self._touched: set[str] = set()  # whose own part in it has changed since
         self._records: list[dict] = []
         self._actions: list[Action] = []
+
+    def restore(self, t: float, records: list[dict], stored: int) -> None:
+        """Wall: continue where a journal ends. records: the effective ones; stored: the round whose start state the head
+        node holds. Sites are taken to be where they were, until they are heard (`back`) or count as lost."""
+        opens: dict[int, dict] = {}
+        frozen: dict[int, dict] = {}
+        attempts: dict[int, int] = {}
+        self.stored = self.round = stored
+        for r in records:
+            kind, number = r["type"], r.get("round")
+            if kind == "site":
+                self.schedule.restore(r["t_s"], r["site"], r["from"], r["to"])
+            elif kind == "open":
+                opens[number] = r | {"leases": {s: list(ranges) for s, ranges in r["leases"].items()}}
+                attempts.pop(number, None)
+            elif kind == "lease":
+                opens[number]["leases"][r["site"]] += r["ranges"]
+            elif kind == "frozen":
+                frozen[number] = r
+            elif kind == "attempt":
+                attempts[number] = r["attempt"]
+            elif kind == "cancel":
+                opens.pop(number, None)
+                frozen.pop(number, None)
+            elif kind == "commit":
+                used = [part for ranges in r["batches"].values() for part in ranges]
+                self.ledger.replay(used)
+                self.round = max(self.round, number + 1)
+                if number >= stored:
+                    self.unstored.append({"round": number, "tokens": r["tokens"], "batches": used})
+                if opens.pop(number)["mode"] == "federated":
+                    self.last = {"round": number, "digest": r["digest"]}
+        for number, r in sorted(opens.items()):
+            if number in frozen:
+                (site,) = r["members"]
+                used, _ = split(r["leases"][site], frozen[number]["steps"])
+                self.ledger.take(used)
+                self.pending.append({"round": number, "site": site, "batches": used, "count": frozen[number]["steps"]})
+                self.round, self.phase = number + 1, "storing"
+                continue
+            for ranges in r["leases"].values():
+                self.ledger.take(ranges)
+            self.now = Round(number, r["mode"], r["members"], r["t_s"], r["end_s"], r["leases"])
+            self.now.told = {k: r[k] for k in ("round", "mode", "members", "leases", "rates")} | {
+                "open_s": r["t_s"], "train_for_s": r["end_s"] - r["t_s"], "committed_tokens": self.committed_tokens,
+            }  # fmt: skip
+            self.phase = "freezing" if number in attempts else "train"
+            self.now.freeze_s = t if number in attempts else INFINITY
+        if self.unstored:
+            self.rollback_at = t + self.facts.dead_s
 
     # -- out --------------------------------------------------------------------------------------------------------
 
@@ -125,6 +190,12 @@ class Run:
         actions, self._actions = self._actions, []
         return self.take_records(), actions
 
+    def take_urgent(self) -> list[Action]:
+        """Virtual clock: actions that cost no time and that a wait may depend on."""
+        urgent = [a for a in self._actions if a.kind in URGENT]
+        self._actions = [a for a in self._actions if a.kind not in URGENT]
+        return urgent
+
     def take_records(self) -> list[dict]:
         records, self._records = self._records, []
         return records
@@ -134,10 +205,10 @@ class Run:
         times = [self.schedule.next_time()]
         if self.phase == "train":
             times.append(self._freeze_time())
-        if self.phase == "freezing" and not self.facts.timed:
-            times.append(self.now.freeze_s + self.facts.grace_s)
         if self.phase == "reduce" and self.facts.timed and self._agreed():
             times.append(self.now.freeze_s + self.sync_s)
+        if not self.facts.timed:
+            times.append(min(self.rollback_at, self._patience()))
         if self.phase == "handover":
             times.append(self.handover_s)
         times.append(self.facts.end_s)
@@ -159,9 +230,8 @@ class Run:
         self._moves(t, self.schedule.advance(t))
         if self.phase == "train" and self._freeze_time() <= t + ROUND_OFF:
             self._freeze(t)  # a stop that was not known ahead, or a second site that just came on
-        if self.phase == "freezing" and not self.facts.timed and t >= self.now.freeze_s + self.facts.grace_s:
-            late = [site for site in self.now.members if site not in self.now.steps]
-            self.lost(t, late[0], f"froze no state within rounds.grace_s={self.facts.grace_s:g} s")
+        if not self.facts.timed:
+            self._lose_patience(t)
         if self.phase == "handover" and (not self.facts.timed or t >= self.handover_s - ROUND_OFF):
             self._hand_over(t)
         if self.phase == "idle" and not (self.facts.timed and self.fetching):
@@ -169,6 +239,33 @@ class Run:
         if t >= self.facts.end_s and self.phase in ("idle", "handover"):
             self._end_when_stored(t)
         self._set_power(t)
+
+    def _patience(self) -> float:
+        """Wall: when to stop waiting for a slow or silent member."""
+        now = self.now
+        if now is None:
+            return INFINITY
+        if now.mode == "local":
+            return min(now.silent.values(), default=INFINITY) + self.facts.max_offline_s
+        if self.phase == "freezing":
+            return now.freeze_s + self.facts.grace_s
+        return now.attempt_s + self.attempt_s if self.phase == "reduce" and now.agreement.result is None else INFINITY
+
+    def _lose_patience(self, t: float) -> None:
+        if t >= self.rollback_at:
+            self._roll_back(t)
+        if t < self._patience():
+            return
+        now = self.now
+        if now.mode == "local":
+            for site in list(now.silent):
+                self._out(t, site, f"silent for rounds.max_offline_s={self.facts.max_offline_s:g} s")
+        elif self.phase == "freezing":
+            for site in [s for s in now.members if s not in now.steps and s not in now.gone]:
+                self._leave_out(t, site, "late", f"not frozen within rounds.grace_s={self.facts.grace_s:g} s")
+            self._when_frozen(t)
+        else:
+            self._attempt_over(t)
 
     def provisioned(self, t: float, site: str) -> None:
         """Wall: the machine of a site is there; it now needs the state."""
@@ -269,10 +366,11 @@ class Run:
         self.phase, self._power = "train", None
         rates = {s: self.rates[s] for s in members}
         self._record(t, "open", round=number, mode=mode, members=members, end_s=round(t + length, 6), leases=leases, rates=rates)
-        self._actions.append(Action("open", None, {
+        self.now.told = {
             "round": number, "mode": mode, "members": members, "leases": leases, "rates": rates, "open_s": t,
             "train_for_s": length, "committed_tokens": self.committed_tokens,
-        }))  # fmt: skip
+        }  # fmt: skip
+        self._actions.append(Action("open", None, self.now.told))
 
     def _lease(self, members: list[str], mode: str) -> tuple[dict[str, Ranges], bool]:
         """Batches for a round, in proportion to what each member can do in it; and whether all got their fill."""
@@ -304,10 +402,10 @@ class Run:
                     heapq.heappop(queue)
         return self.ledger.lease_each(given), full
 
-    def more(self, t: float, site: str) -> None:
-        """Wall: a member has used up its lease before the round's end."""
-        if self.phase != "train" or site not in self.now.members:
-            return
+    def more(self, t: float, site: str, known: int) -> None:
+        """Wall: a member has used up the `known` batches it was leased before the round's end."""
+        if self.phase != "train" or site not in self.now.members or known < count(self.now.leases[site]):
+            return  # or what it lacks is on its way
         limit = self.facts.max_steps if self.now.mode == "federated" and self.facts.max_steps else 10**9
         room = limit - count(self.now.leases[site])
         left = max(0.0, self._freeze_time() - t)
@@ -332,38 +430,65 @@ class Run:
     def _freeze(self, t: float) -> None:
         now = self.now
         self.phase, now.freeze_s = "freezing", t
-        steps = None
+        if now.mode == "federated":
+            for site in list(now.silent):
+                self._out(t, site, "still silent at the freeze")
+        if self.now is not now or self.phase != "freezing":
+            return
+        alive, steps = [s for s in now.members if s not in now.gone], None
         if self.facts.timed:
-            steps = {s: min(count(now.leases[s]), int((t - now.open_s) / self._step_s(s) + ROUND_OFF)) for s in now.members}
-        self._actions.append(Action("freeze", None, {"round": now.number, "members": now.members, "steps": steps}))
+            steps = {s: min(count(now.leases[s]), int((t - now.open_s) / self._step_s(s) + ROUND_OFF)) for s in alive}
+        self._actions.append(Action("freeze", None, {"round": now.number, "members": alive, "steps": steps}))
 
     # -- in: what the sites report ----------------------------------------------------------------------------------
 
     def frozen(self, t: float, site: str, steps: int, finite: bool = True, bad_step: int = -1) -> None:
-        """A member holds still after `steps` steps of this round. Not finite: its loss left the numbers at bad_step."""
+        """A member holds still after `steps` steps of this round. Not finite: its numbers left the finite at bad_step; it
+        starts over from theta and takes part like a joiner, with zero tokens."""
         now = self.now
-        if self.phase not in ("train", "freezing") or site not in now.members or site in now.steps:
+        if self.phase not in ("train", "freezing") or site not in now.members or site in now.steps or site in now.gone:
             return
+        now.silent.pop(site, None)
         if not finite:
-            self._record(t, "fault", site=site, kind="non-finite loss", action="round cancelled, nothing of it committed")
-            self.finish(t, f"non-finite loss at {site}, step {bad_step} of round {now.number}; "
-                           "lower optim.matrix_lr or optim.embedding_lr", 2)  # fmt: skip
-            return
-        assert self.facts.timed or steps <= count(now.leases[site]), (site, steps)
-        now.steps[site] = steps
+            self._fault(t, site, "non-finite loss", f"its part of round {now.number} is left out", step=bad_step)
+            now.non_finite, steps = (site, bad_step), 0
+        now.steps[site] = min(steps, count(now.leases[site]))
         idle_from = now.open_s + steps * self._step_s(site) if self.facts.timed else t
         self.meter.set(min(idle_from, t), site, "waiting")
-        if len(now.steps) < len(now.members):
+        self._when_frozen(t)
+        self._set_power(t)
+
+    def _when_frozen(self, t: float) -> None:
+        """Once every member that is not gone holds still: agree, or with one member store."""
+        now = self.now
+        alive = [s for s in now.members if s not in now.gone]
+        if any(s not in now.steps for s in alive):
             return
         now.freeze_s = t
-        if not sum(now.steps.values()):
-            self._cancel(t, "no whole step fitted")
-            self._open_next(t)
+        if not any(now.steps[s] for s in alive):
+            self._nothing(t, alive)
         elif now.mode == "local":
-            self._freeze_local(t, site, steps)
+            self._freeze_local(t, alive[0], now.steps[alive[0]])
         else:
-            self._attempt(t)
-        self._set_power(t)
+            per_step = self.facts.tokens_per_step
+            joiners = [s for s, site in self.schedule.sites.items() if site.state == "on" and s not in now.leases
+                       and self.holds.get(s) == now.number and s not in self.leaving]  # fmt: skip
+            tokens = {s: now.steps[s] * per_step for s in alive} | dict.fromkeys(joiners, 0)
+            now.agreement = Agreement(tokens, self.facts.star)
+            self._attempt(t, now.agreement.attempt())
+
+    def _nothing(self, t: float, alive: list[str]) -> None:
+        """No member alive has a step to show."""
+        if self.now.non_finite:
+            self.blown += 1
+            site, step = self.now.non_finite
+            if self.blown == BLOWN:
+                self.finish(t, f"non-finite loss at {site}, step {step} of round {self.now.number}, {BLOWN} times running; "
+                               "lower optim.matrix_lr or optim.embedding_lr", 2)  # fmt: skip
+                return
+        why = "no finite numbers" if self.now.non_finite else "no whole step fitted" if alive else "all members are gone"
+        self._cancel(t, why)
+        self._open_next(t)
 
     def _freeze_local(self, t: float, site: str, steps: int) -> None:
         """Nothing to agree on: theta_i is theta_{r+1}. It counts as committed once stored."""
@@ -371,6 +496,8 @@ class Run:
         used, rest = split(now.leases[site], steps)
         self.ledger.give_back(rest)
         self.pending.append({"round": now.number, "site": site, "batches": used, "count": steps})
+        if not self.facts.timed:
+            self._record(t, "frozen", round=now.number, site=site, steps=steps)
         self.round += 1
         self.holds[site] = self.round
         self.now, self.phase = None, "storing"
@@ -378,59 +505,149 @@ class Run:
         if not self.facts.timed and len(self.pending) == 1 and self._team(t) == [site] and self.ledger.free:
             self._open_next(t)  # the site trains on while its snapshot travels
 
-    def _attempt(self, t: float) -> None:
-        now, per_step = self.now, self.facts.tokens_per_step
-        joiners = [s for s, site in self.schedule.sites.items() if site.state == "on" and s not in now.leases
-                   and self.holds.get(s) == now.number and s not in self.leaving]  # fmt: skip
-        now.attempt += 1
-        now.taking_part = now.members + joiners
-        now.tokens = {s: now.steps.get(s, 0) * per_step for s in now.taking_part}
-        total = sum(now.tokens.values())
-        weights = {s: now.tokens[s] / total for s in now.taking_part}
-        self.phase = "reduce"
-        self._record(t, "attempt", round=now.number, attempt=now.attempt, members=now.taking_part, tokens=now.tokens,
-                     weights=weights, wire="fp32")  # fmt: skip
-        self._actions.append(Action("attempt", None, {"round": now.number, "attempt": now.attempt,
-                             "members": now.taking_part, "weights": weights}))  # fmt: skip
+    # -- agreement --------------------------------------------------------------------------------------------------
+
+    def _attempt(self, t: float, verdict: Verdict | None) -> None:
+        """Announce the attempt the agreement has just begun, or void the round if it could not."""
+        now, a = self.now, self.now.agreement
+        if verdict:
+            self._cancel(t, verdict.reason)
+            self._open_next(t)
+            return
+        self.phase, now.attempt_s = "reduce", t
+        topology = "star" if a.star else "ring"
+        self._record(t, "attempt", round=now.number, attempt=a.number, members=a.members, tokens=a.tokens, weights=a.weights,
+                     wire="fp32", topology=topology)  # fmt: skip
+        self._actions.append(Action("attempt", None, {"round": now.number, "attempt": a.number, "members": a.members,
+                                                      "weights": a.weights, "topology": topology}))  # fmt: skip
+
+    def _attempting(self, site: str, attempt: int) -> bool:
+        a = self.now.agreement if self.phase == "reduce" else None
+        return a is not None and attempt == a.number and site in a.tokens and site not in a.gone
 
     def voted(self, t: float, site: str, attempt: int, digest: str) -> None:
         """A member holds a complete average with this digest."""
-        now = self.now
-        if self.phase != "reduce" or attempt != now.attempt or site not in now.taking_part:
-            return
-        now.votes[site] = digest
-        if len(now.votes) == len(now.taking_part) and len(set(now.votes.values())) > 1:
-            kinds = ", ".join(f"{s} {d[:12]}" for s, d in now.votes.items())
-            self._record(t, "fault", site=site, kind="digests differ", action="round cancelled")
-            self.finish(t, f"members hold different averages of round {now.number}: {kinds}", 1)
-        elif self._agreed() and self._sync_over(t):
-            self._commit(t)
+        if self._attempting(site, attempt):
+            a = self.now.agreement
+            a.failed.discard(site)
+            a.votes[site] = digest
+            if a.gone or len(a.votes) + len(a.failed) >= len(a.tokens):
+                self._judge(t)
+                self._set_power(t)
+
+    def failed(self, t: float, site: str, attempt: int, reason: str) -> None:
+        """A member could not finish the average; its frozen delta is as it was."""
+        if self._attempting(site, attempt) and site not in self.now.agreement.votes:
+            if site not in self.now.agreement.failed:
+                self._fault(t, site, "average failed", f"round {self.now.number} attempt {attempt}: {reason}"[:160])
+            self.now.agreement.failed.add(site)
+            self._judge(t)
             self._set_power(t)
 
+    def at_head(self, t: float, attempt: int, digest: str) -> None:
+        """The result a holder sent up is at the head node, and has this digest."""
+        a = self.now.agreement if self.phase == "reduce" else None
+        if a and attempt == a.number and digest in a.votes.values():
+            a.at_head = digest
+            self._judge(t)
+            self._set_power(t)
+
+    def summed(self, attempt: int, digest: str) -> None:
+        """Star: the head node's own sum of the present attempt has this digest."""
+        a = self.now.agreement if self.phase == "reduce" else None
+        if a and attempt == a.number:
+            a.truth = digest
+
+    def _judge(self, t: float) -> None:
+        """Act on what the reports so far decide."""
+        now, a = self.now, self.now.agreement
+        verdict = a.judge()
+        if verdict is None:
+            return
+        if verdict.kind == "commit":
+            a.result = verdict.digest
+            if self._agreed() and self._sync_over(t):
+                self._commit(t)
+        elif verdict.kind == "again":
+            if verdict.reason:
+                self._fault(t, a.living[0], "digests differ", f"round {now.number} is averaged again: {verdict.reason}")
+            self._attempt(t, a.again())
+        elif verdict.kind == "give" and a.holder != verdict.sites[0]:
+            a.holder = verdict.sites[0]
+            self._actions.append(Action("give", a.holder, {"round": now.number, "attempt": a.number, "digest": verdict.digest}))
+        elif verdict.kind == "take" and a.told != verdict.sites:
+            a.told = verdict.sites
+            for site in verdict.sites:
+                self._actions.append(Action("take", site, {"round": now.number, "attempt": a.number, "digest": verdict.digest}))
+        elif verdict.kind == "out":
+            for site in verdict.sites:
+                self._leave_out(t, site, "wrong result", verdict.reason)
+            self._judge(t)
+        elif verdict.kind == "void":
+            self._cancel(t, verdict.reason)
+            self._open_next(t)
+
+    def _attempt_over(self, t: float) -> None:
+        """Wall: the attempt's time is up. Who has not reported has failed, or is left out if others hold the result."""
+        a = self.now.agreement
+        self.now.attempt_s = t
+        for site in a.expire():
+            self._leave_out(t, site, "late", "no vote within the time of an attempt")
+        self._judge(t)
+
+    def _leave_out(self, t: float, site: str, kind: str, why: str) -> None:
+        """A member is alive, but its part of this round is void; it downloads what the others agree on."""
+        self._fault(t, site, kind, f"left out of round {self.now.number}: {why}")
+        self.now.gone.add(site)
+        self.now.silent.pop(site, None)
+        if self.now.agreement:
+            self.now.agreement.leave(site)
+        self.holds.pop(site, None)
+        self._actions.append(Action("cancel", None, {"round": self.now.number, "members": [site], "reason": why}))
+
+    def differs(self, t: float, site: str, why: str) -> None:
+        """A site holds other bits than the head node: its part of the round is void, it downloads the stored state."""
+        now = self.now
+        if self.ended or site not in self.holds:
+            return
+        if (now and site in now.members and site not in now.gone) or (now and now.agreement and site in now.agreement.living):
+            self._leave_out(t, site, "wrong base", why)
+            self._after_loss(t)
+        else:
+            self._fault(t, site, "wrong base", why)
+            self.holds.pop(site)
+        if not self.facts.timed and self.stored == self.round and self.schedule.sites[site].state == "on":
+            self._actions.append(Action("fetch", site, {"round": self.stored}))
+        self._set_power(t)
+
     def _agreed(self) -> bool:
-        """Everyone voted the same, and the state this round started from is durable."""
-        return len(self.now.votes) == len(self.now.taking_part) and self.stored == self.round
+        """Everyone alive holds the same result, and the state this round started from is durable."""
+        return self.now.agreement.result is not None and self.stored == self.round
 
     def _sync_over(self, t: float) -> bool:
         return not self.facts.timed or t >= self.now.freeze_s + self.sync_s - ROUND_OFF
 
     def _commit(self, t: float) -> None:
-        now = self.now
+        now, a = self.now, self.now.agreement
         batches, rests = {}, []
         for site in now.members:
-            batches[site], rest = split(now.leases[site], now.steps[site])
+            batches[site], rest = split(now.leases[site], now.steps[site] if site in a.tokens else 0)
             rests += rest
+        used = [part for ranges in batches.values() for part in ranges]
         self.ledger.give_back(rests)
-        self.ledger.commit([part for used in batches.values() for part in used])
+        self.ledger.commit(used)
         self.round += 1
-        self.holds |= dict.fromkeys(now.taking_part, self.round)
-        digest = next(iter(now.votes.values()))
-        self._record(t, "commit", round=now.number, tokens=sum(now.tokens.values()), batches=batches, digest=digest)
-        staying = [s for s in now.taking_part if s not in self.leaving]
-        sender = (staying or now.taking_part)[0]
+        self.blown = 0
+        living, tokens = a.living, sum(a.tokens.values())
+        self.holds |= dict.fromkeys(living, self.round)
+        self.last = {"round": now.number, "digest": a.result, "members": a.members}
+        self.unstored.append({"round": now.number, "tokens": tokens, "batches": used})
+        self._record(t, "commit", round=now.number, tokens=tokens, batches=batches, digest=a.result)
+        staying = [s for s in living if s not in self.leaving]
+        self.sender = None if a.at_head else (staying or living)[0]
         self._actions.append(Action("commit", None, {
-            "round": now.number, "members": now.taking_part, "digest": digest, "sender": sender,
-            "evaluate": self._evaluator(now.number, sender),
+            "round": now.number, "members": living, "digest": a.result, "sender": self.sender,
+            "evaluate": self._evaluator(now.number, (staying or living)[0]), "attempt": a.number,
         }))  # fmt: skip
         self._release(t)
         self._open_next(t)
@@ -439,18 +656,22 @@ class Run:
         every = self.facts.eval_every_rounds
         return site if every and (number + 1) % every == 0 else None
 
+    # -- durable states ---------------------------------------------------------------------------------------------
+
     def store_done(self, t: float, number: int, digest_theta: str, digest_m: str) -> None:
         """theta_number and m_number are durable at the coordinator. Commits the local round that made them."""
         if number <= self.stored:
             return
-        self.stored = number
-        if self.pending and self.pending[0]["round"] + 1 == number:
+        self.stored, self.rollback_at = number, INFINITY
+        self.unstored = [c for c in self.unstored if c["round"] >= number]
+        while self.pending and self.pending[0]["round"] < number:
             done = self.pending.pop(0)
             self.ledger.commit(done["batches"])
             self._record(t, "commit", round=done["round"], tokens=done["count"] * self.facts.tokens_per_step,
                          batches={done["site"]: done["batches"]}, digest=digest_theta)  # fmt: skip
+            self.blown = 0
             self._actions.append(Action("commit", None, {
-                "round": done["round"], "members": [done["site"]], "digest": digest_theta, "sender": None,
+                "round": done["round"], "members": [done["site"]], "digest": digest_theta, "sender": None, "attempt": 0,
                 "evaluate": self._evaluator(done["round"], done["site"]) if done["site"] not in self.leaving else None,
             }))  # fmt: skip
         self._record(t, "store", round=number, digest_theta=digest_theta, digest_m=digest_m)
@@ -465,9 +686,37 @@ class Run:
             else:
                 self._end_when_stored(t)
             self._set_power(t)
+        elif self.phase == "idle" and not self.facts.timed:
+            self._open_next(t)
+            self._set_power(t)
         elif self.phase == "reduce" and self._agreed() and self._sync_over(t):
             self._commit(t)
             self._set_power(t)
+
+    def _ask_store(self, t: float) -> None:
+        """A committed result is not durable and its sender is lost: another holder sends it, or the round is lost."""
+        holders = [s for s in self.schedule.sites if self.holds.get(s) == self.round]
+        if holders:
+            self.sender, self.rollback_at = holders[0], INFINITY
+            self._actions.append(Action("resend", self.sender, {"round": self.round}))
+        elif self.facts.timed:
+            self._roll_back(t)
+        else:
+            self.sender, self.rollback_at = None, t + self.facts.dead_s
+
+    def _roll_back(self, t: float) -> None:
+        """All holders of a committed result are gone: continue from the stored round; its batches are trained again."""
+        self.rollback_at = INFINITY
+        if self.now:
+            self._cancel(t, "rolled back")
+        tokens = sum(c["tokens"] for c in self.unstored)
+        self._record(t, "rollback", to_round=self.stored, tokens=tokens)
+        for lost in self.unstored:
+            self.ledger.uncommit(lost["batches"])
+        self.unstored, self.last, self.round = [], None, self.stored
+        self.holds = {s: n for s, n in self.holds.items() if n <= self.stored}
+        self._actions.append(Action("rollback", None, {"round": self.stored}))
+        self._open_next(t)
 
     def current(self, t: float, site: str, number: int) -> None:
         """A site has downloaded theta_number and m_number."""
@@ -480,6 +729,8 @@ class Run:
             self._hand_over(t)
         elif self.phase in ("train", "handover") and not self.facts.timed and number < self.stored == self.round:
             self._actions.append(Action("fetch", site, {"round": self.round}))  # rounds went by: take part in this one
+        elif self.phase == "ending" and not self.facts.timed:
+            self._end_when_stored(t)
         self._set_power(t)
 
     def evaluated(self, t: float, number: int, val_loss: float | None, val_bpb: float | None) -> None:
@@ -489,10 +740,12 @@ class Run:
         if self.phase == "ending" and number == self.round and self.stored == self.round:
             self.finish(t, "budget", 0)
 
+    # -- sites that vanish ------------------------------------------------------------------------------------------
+
     def absent(self, t: float, site: str, why: str) -> None:
         """No process answers for a site: it is left out until one does (wall) or until its next window (virtual, where
         all must follow from records)."""
-        self._record(t, "fault", site=site, kind="absent", action=f"left out: {why}")
+        self._fault(t, site, "absent", f"left out: {why}")
         self.schedule.set_absent(site, why)
         self._moves(t, self.schedule.stop(t, site, why))
         self._set_power(t)
@@ -500,16 +753,121 @@ class Run:
     def present(self, site: str) -> None:
         self.schedule.set_absent(site, "")
 
-    def lost(self, t: float, site: str, why: str) -> None:
-        """A process died or fell silent. If it had a part in the run, the run stops here, resumable."""
+    def lost(self, t: float, site: str, why: str, sure: bool = True) -> None:
+        """A process died (sure), or cannot be heard. A member that cannot be heard while it trains may still be at work: it
+        counts if it is back before the freeze, alone at work for max_offline_s. Everyone else is out at once."""
         if self.ended:
             return
-        if self.schedule.sites[site].state == "off" and site not in self.leaving:
-            if not self.facts.timed:  # on the virtual clock it is missed when its next window comes, not before
+        now, busy = self.now, any(p["site"] == site for p in self.pending)
+        member = now is not None and site in now.members and site not in now.gone
+        if self.schedule.sites[site].state == "off" and site not in self.leaving and not member and not busy:
+            if not self.facts.timed and not self.schedule.sites[site].absent:  # virtual: missed when its next window comes
                 self.absent(t, site, why)
             return
-        self._record(t, "fault", site=site, kind="lost", action="run stopped, resumable")
-        self.finish(t, f"{site} {why}", 1)
+        if not sure and member and not self.facts.timed and self.phase in ("train", "freezing") and (
+            self.phase == "train" or now.mode == "local"
+        ):
+            if site not in now.silent:
+                now.silent[site] = t
+                until = "the freeze" if now.mode == "federated" else f"{self.facts.max_offline_s:g} s have passed"
+                self._fault(t, site, "silent", f"{why}; its work counts if it is back before {until}")
+            return
+        self._out(t, site, why)
+        self._set_power(t)
+
+    def _out(self, t: float, site: str, why: str) -> None:
+        """A site counts as dead. Its leases return at the commit; what it put into a finished average stays in it."""
+        now = self.now
+        self._fault(t, site, "lost", why)
+        voided = [p for p in self.pending if p["site"] == site]
+        if voided:
+            for p in voided:
+                self.ledger.give_back(p["batches"])
+                tokens = p["count"] * self.facts.tokens_per_step
+                self._record(t, "cancel", round=p["round"], reason=f"{site} was lost before it was stored", tokens=tokens)
+            self.pending = []
+        if now:
+            now.gone.add(site)
+            now.silent.pop(site, None)
+            if now.agreement:
+                now.agreement.leave(site)
+        self.leaving.discard(site)
+        self.holds.pop(site, None)
+        self.fetching.discard(site)
+        self._touched.add(site)
+        if not self.facts.timed:
+            self.schedule.set_absent(site, why)
+        self._moves(t, self.schedule.stop(t, site, f"lost: {why}"))
+        if voided:
+            if self.now:
+                self._cancel(t, f"{site} was lost before its last round was stored")
+            self.round = voided[0]["round"]
+            if self.phase != "ending":
+                self._open_next(t)
+                return
+        self._after_loss(t)
+        if self.unstored and (site == self.sender or self.sender is None):
+            self._ask_store(t)
+
+    def _after_loss(self, t: float) -> None:
+        """Somebody is gone: does that decide what was waited for?"""
+        now = self.now
+        if self.phase == "train" and all(s in now.gone for s in now.members):
+            self._cancel(t, "all members are gone")
+            self._open_next(t)
+        elif self.phase in ("train", "freezing"):
+            self._when_frozen(t)
+        elif self.phase == "reduce":
+            self._judge(t)
+        elif self.phase == "handover":
+            self._open_next(t)
+        elif self.phase == "ending":
+            self._end_when_stored(t)
+
+    def back(self, t: float, site: str, status: dict) -> None:
+        """Wall: a process of before is heard again, by us or by the coordinator we follow. status: `held` round, `round`,
+        `phase` (idle | train | frozen), `steps`, `finite`, `attempt`, `vote`, `unstored` [round, steps] of a local round."""
+        now, held = self.now, status["held"]
+        self.present(site)
+        if any(p["site"] == site for p in self.pending):
+            if status["unstored"] and status["unstored"] >= self.pending[0]["round"]:
+                self.holds[site] = self.round
+                self._actions.append(Action("resend", site, {"round": self.pending[-1]["round"] + 1}))
+            else:
+                self._out(t, site, "came back without the local round it had not stored")
+                now = self.now
+        if now and status["round"] == now.number == held and site in now.members and site not in now.gone:
+            now.silent.pop(site, None)
+            self.holds[site] = now.number
+            a = now.agreement
+            if status["phase"] == "idle":  # it never heard of this round, or was told that it is void
+                self._actions.append(Action("open", None, now.told | {"members": [site]}))
+            elif status["phase"] == "frozen" and a is None:
+                self.frozen(t, site, status["steps"], status["finite"], status["steps"] + 1)
+            elif a and status["vote"] and status["attempt"] == a.number:
+                self.voted(t, site, a.number, status["vote"])
+            elif (a and status["phase"] == "train") or self.phase == "freezing":
+                self._actions.append(Action("freeze", None, {"round": now.number, "members": [site], "steps": None}))
+        elif self.last and held == self.last["round"] == self.round - 1 and status["vote"] == self.last["digest"]:
+            self.holds[site] = self.round  # the commit it missed
+            if send := bool(self.unstored and self.sender in (None, site)):
+                self.sender, self.rollback_at = site, INFINITY
+            self._actions.append(Action("commit", None, {
+                "round": self.last["round"], "members": [site], "digest": self.last["digest"], "attempt": status["attempt"],
+                "sender": site if send else None, "evaluate": None,
+            }))  # fmt: skip
+        elif held == self.round and self.schedule.sites[site].state == "on":
+            self.holds[site] = held
+            if self.unstored and self.sender in (None, site):
+                self._ask_store(t)
+        elif held >= 0:
+            self.holds.pop(site, None)
+            self._actions.append(Action("cancel", None, {"round": status["round"], "members": [site], "reason": "the run has moved on"}))
+        if held != self.round and self.schedule.sites[site].state in ("starting", "on") and self.stored == self.round:
+            self._actions.append(Action("fetch", site, {"round": self.stored}))
+        if self.phase in ("idle", "handover"):
+            self._open_next(t)
+        self._set_power(t)
 
     def _cancel(self, t: float, reason: str) -> None:
         now = self.now
@@ -526,7 +884,7 @@ class Run:
 
     def finish(self, t: float, reason: str, code: int) -> None:
         """The run ends: 0 the whole budget is committed, 3 budget left, 1 failed (both resumable), 2 bad numbers."""
-        if self.now and self.now.number == self.round:
+        if self.now:
             self._cancel(t, reason)
         self.phase, self.reason, self.code = "ended", reason, code
         for lost in self.pending:
@@ -542,17 +900,27 @@ class Run:
 
     # -- sites that leave -------------------------------------------------------------------------------------------
 
+    def leave(self, t: float, site: str, why: str) -> None:
+        """Wall: a site asks to go (SIGTERM). It goes as at a stop not known ahead: the round freezes, it takes part."""
+        if not self.ended and self.schedule.sites[site].state != "off":
+            self.schedule.set_absent(site, why)
+            self._moves(t, self.schedule.stop(t, site, why))
+            self._set_power(t)
+        elif site not in self.leaving:
+            self._drop(site)
+
     def _site_off(self, t: float, site: str) -> None:
         """Off by the schedule. Someone with a part in a round stays, at idle power, until that is over."""
         now = self.now
         if self.phase == "ended":
             return  # `end` tells everyone; what is on the sites' disks stays, for an exact resume
-        if self.phase == "train" and site in now.members:
+        busy = any(p["site"] == site for p in self.pending)
+        if now and site in now.gone and not busy:
+            self._drop(site)
+        elif self.phase == "train" and site in now.members:
             self.leaving.add(site)
             self._freeze(t)
-        elif (self.phase in ("freezing", "reduce") and site in (now.taking_part or now.members)) or (
-            site in [p["site"] for p in self.pending]
-        ):
+        elif busy or (self.phase == "freezing" and site in now.members) or (self.phase == "reduce" and site in now.agreement.tokens):
             self.leaving.add(site)
         else:
             self._drop(site)
@@ -578,7 +946,7 @@ class Run:
     def _set_power(self, t: float) -> None:
         """The power state of every site whose part in the run has changed."""
         phase = "train" if self.phase == "freezing" else self.phase
-        now, derived_from = self.now, (phase, self.round, self.now and self.now.attempt)
+        now, derived_from = self.now, (phase, self.round)
         if derived_from != self._power:
             self._power = derived_from
             self._touched |= self.schedule.up | self.leaving
@@ -586,14 +954,17 @@ class Run:
             return
         for name in self._touched:
             state = self.schedule.sites[name].state
-            if phase == "train" and name in now.leases and name not in now.steps:
+            if phase == "train" and name in now.leases and name not in now.steps and name not in now.gone:
                 state = "training"
-            elif (phase == "reduce" and name in now.tokens) or (phase == "handover" and state == "on"):
+            elif (phase == "reduce" and name in now.agreement.living) or (phase == "handover" and state == "on"):
                 state = "syncing"
             elif name in self.leaving or state == "on":
                 state = "waiting"
             self.meter.set(t, name, state)
         self._touched.clear()
+
+    def _fault(self, t: float, site: str, kind: str, action: str, **more) -> None:
+        self._record(t, "fault", site=site, kind=kind, action=action, **more)
 
     def _record(self, t: float, type_: str, /, **fields) -> None:
         self._records.append({"t_s": round(t, 6), "type": type_} | fields)

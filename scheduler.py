@@ -160,6 +160,21 @@ class Schedule:
             if t < INFINITY:
                 heapq.heappush(self._queue, (t, self._order[name], name))
 
+    def restore(self, t: float, name: str, was: str, to: str) -> None:
+        """A move read back from a journal. Once all are, observe every sample again, each at its time, then `resume`."""
+        site = self.sites[name]
+        site.state, site.since_s = to, t
+        if "off" in (was, to):
+            site.up_since_s = t
+            (self.up.discard if to == "off" else self.up.add)(name)
+
+    def resume(self) -> None:
+        """The samples observed again set marks that may be older than the state they are to change."""
+        for name, site in self.sites.items():
+            if site.mark_s is not None:
+                site.mark_s = max(site.mark_s, site.up_since_s)
+            self._plan(name)
+
     def next_time(self) -> float:
         """The earliest moment at which `advance` would do something, if no sample came before."""
         queue = self._queue

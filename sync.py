@@ -99,9 +99,13 @@ def ring_reduce(group):
     return reduce_chunk
 
 
-def star_reduce(link, round_: int, attempt: int, timeout_s: float):
+def alone(index: int, part: Tensor) -> None:
+    """One member only: its own part is the sum."""
+
+
+def star_reduce(link, round_: int, attempt: int, num_chunks: int, timeout_s: float):
     def reduce_chunk(index: int, part: Tensor) -> None:
-        header = {"type": "reduce", "round": round_, "attempt": attempt, "index": index}
+        header = {"type": "reduce", "round": round_, "attempt": attempt, "index": index, "of": num_chunks}
         _, total = link.request(header, bytes(memoryview(part.numpy())), timeout_s)
         part.copy_(torch.frombuffer(bytearray(total), dtype=torch.float32))
 

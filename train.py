@@ -9,6 +9,9 @@ train a round, to average it with others, to drop everything. Read `main` first:
     freeze()      hold still, report tokens and finiteness          agree()       average, vote, commit, outer step
 
 Several ranks (torchrun --nproc_per_node=N) share a batch by rows; rank 0 speaks for the site and tells the others.
+When the coordinator cannot be heard we work off our lease and then hold still, for at most rounds.max_offline_s; when it is
+back it learns from our hello where we stand. SIGTERM: we freeze, take part in one last average, and go.
+
 What we hold (theta, inner state, files) is replica.py's, the socket channel.py's. What listens: torchrun's own store
 (see README); this file only connects outwards, gloo binds sync.interface.
 """
@@ -39,7 +42,7 @@ from model import shape_of
 from optim import schedule
 from replica import Mismatch, Replica
 
-REDUCE_TIMEOUT_S = 30.0
+LEAVE_S = 20.0  # after SIGTERM: less than the 30 s torchrun grants
 
 
 class Over(Exception):
@@ -69,6 +72,7 @@ class Plan:
     steps: int | None = None  # virtual clock: train exactly so many
     done: int = 0
     stop: bool = False
+    finite: bool = True
 
 
 def main(argv: list[str]) -> int:
@@ -114,14 +118,17 @@ class Site:
         self.excused_s = 0.0  # since then: evaluation, and waiting for slower members
         self.stall_s: float | None = None
         self.link: Link | None = None
+        self.leaving_since = 0.0  # monotonic; 0: nobody asked us to go
+        self.looked = 0.0  # monotonic: when we last looked whether the coordinator has moved
+        self.status = {"held": -1, "round": -1, "phase": "idle", "steps": 0, "finite": True, "attempt": 0, "vote": "", "unstored": -1}
         self.panel: report.Panel | None = None
         if self.ranks > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         run_id = self._join() if self.rank == 0 else ""
         folder = config.run_dir(cfg) / "sites" / self.name
         self.replica = Replica(cfg, shape, self.device, self.link, self.rank, self.ranks, folder, self._agree_on(run_id))
-        if self.rank == 0:
-            signal.signal(signal.SIGTERM, _sigterm)
+        self.note()
+        signal.signal(signal.SIGTERM, self._asked_to_leave if self.rank == 0 else signal.SIG_IGN)  # the others follow rank 0
 
     # -- joining and leaving ------------------------------------------------------------------------------------------
 
@@ -137,8 +144,7 @@ class Site:
         while time.monotonic() < until:
             address = self._address()
             if address:
-                link = Link(address, keys, self.name, cfg.sync.heartbeat_s, cfg.sync.dead_s)
-                link.send(hello)
+                link = Link(address, keys, self.name, cfg.sync.heartbeat_s, cfg.sync.dead_s, hello)
                 try:
                     header, _ = link.inbox.get(timeout=2.0)
                 except queue.Empty:
@@ -184,24 +190,54 @@ class Site:
 
     # -- being told ---------------------------------------------------------------------------------------------------
 
-    def command(self, wait: bool = True) -> dict | None:
-        """The coordinator's next command, the same on all ranks; None if there is none and we do not wait.
-        Raises Over when the run ends or the coordinator has fallen silent."""
-        c = self._agree_on(self._command(wait) if self.rank == 0 else None)
-        if c and c["type"] == "end":
-            raise Over(c["reason"], config.EXIT_FAILED if c["code"] == config.EXIT_BAD_INPUT else c["code"])
+    def command(self, wait_s: float | None = None) -> dict | None:
+        """The coordinator's next command, the same on all ranks; None if there is none within wait_s seconds (None: wait as
+        long as it takes). Raises Over when the run ends, we are to go, or the coordinator has been silent for too long."""
+        c = self._agree_on(self._command(wait_s) if self.rank == 0 else None)
+        if c and c["type"] in ("end", "refused"):
+            code = c.get("code", config.EXIT_FAILED)
+            raise Over(c["reason"], config.EXIT_FAILED if code == config.EXIT_BAD_INPUT else code)
         return c
 
-    def _command(self, wait: bool) -> dict | None:
+    def _command(self, wait_s: float | None) -> dict | None:
+        until = math.inf if wait_s is None else time.monotonic() + wait_s
         while True:
             try:
-                return self.link.inbox.get(timeout=0.2 if wait else 0.0)[0]
+                c = self.link.inbox.get(timeout=max(0.0, min(0.2, until - time.monotonic())))[0]
             except queue.Empty:
-                if self.link.silent_s() > self.cfg.sync.dead_s:
-                    return {"type": "end", "code": config.EXIT_FAILED, "reason": f"the coordinator has not been heard for "
-                            f"{self.cfg.sync.dead_s:g} s; start it again, then this site: both resume"}  # fmt: skip
-                if not wait:
-                    return None
+                c = self._patience()
+            if c and c["type"] == "drop" and self.leaving_since:
+                return {"type": "end", "code": config.EXIT_DONE, "reason": "asked to stop"}
+            if c or time.monotonic() >= until:
+                return c
+
+    def _patience(self) -> dict | None:
+        """Nothing to hear: has the coordinator moved, is it gone for good, have we been asked to go long enough ago?"""
+        now, silent_s, limit_s = time.monotonic(), self.link.silent_s(), self.cfg.rounds.max_offline_s
+        if silent_s > self.cfg.sync.dead_s and now - self.looked > 1.0:
+            self.looked = now
+            if (address := self._address()) and address != self.link.address:
+                self.link.move(address)
+        if silent_s > limit_s:
+            return {"type": "end", "reason": f"the coordinator has not been heard for rounds.max_offline_s={limit_s:g} s; "
+                    "start it again, then this site: both resume"}  # fmt: skip
+        if self.leaving_since and (now - self.leaving_since > LEAVE_S or silent_s > self.cfg.sync.dead_s):
+            return {"type": "end", "code": config.EXIT_DONE, "reason": "asked to stop"}
+        return None
+
+    def _asked_to_leave(self, number, frame) -> None:
+        """SIGTERM. On the virtual clock a round cannot be cut short: we go at once."""
+        if self.virtual:
+            raise Over("asked to stop (SIGTERM)", config.EXIT_DONE)
+        if not self.leaving_since:
+            self.leaving_since = time.monotonic()
+            self.link.send({"type": "leaving", "reason": "SIGTERM"})
+
+    def note(self, **changes) -> None:
+        """Where we stand, for the next hello."""
+        self.status = self.status | {"held": self.replica.round} | changes
+        if self.link:
+            self.link.status = self.status
 
     def _agree_on(self, value):
         """Rank 0's value on every rank of the site, as JSON bytes."""
@@ -231,18 +267,37 @@ class Site:
                 return self._plan(c)
             elif c["type"] == "attempt" and c["round"] == held:  # we joined during this round: zero tokens
                 self.agree(Plan(held, "federated", []), c)
-            elif c["type"] == "drop":
-                self.replica.drop(self.spec.keep_disk)
+            elif c["type"] == "cancel" and held >= 0:
+                self.replica.restore()
             elif c["type"] == "evaluate" or (c["type"] == "commit" and c["eval"] and c["round"] + 1 == held):
                 self.evaluate(c)
+            else:
+                self._common(c)
+
+    def _common(self, c: dict) -> bool:
+        """What may be asked of us at any time; True if that leaves us without the state of the run."""
+        if c["type"] == "drop":
+            self.replica.drop(self.spec.keep_disk or c.get("keep", False))
+            self.note(round=-1, phase="idle", vote="", unstored=-1)
+            return True
+        if c["type"] == "resend" and c["round"] == self.replica.round:
+            self.replica.resend()
+        elif c["type"] == "commit" and c["round"] == self.status["unstored"]:
+            self.note(unstored=-1)
+        return False
 
     def fetch(self, c: dict) -> None:
         fresh = self.replica.inner is None
-        kept = self.replica.fetch(c["round"], c["numel"], c["digest"], c["own_disk"])
+        if not self._agree_on(self.replica.download(c["round"], c["numel"], c["digest"])):
+            self.note(round=-1, phase="idle")
+            self.tell(type="again")
+            return
+        kept = self.replica.take(c["round"], c["own_disk"])
         if self.rank == 0 and fresh:
             self.panel.rewind(c["rewind"])
             if kept:
                 print(f"{self.name:15} | inner optimizer state of round {c['round']} found on own disk", flush=True)
+        self.note(round=-1, phase="idle", vote="", unstored=-1)
         self.tell(type="current", round=c["round"])
 
     def _plan(self, c: dict) -> Plan:
@@ -253,6 +308,7 @@ class Site:
         ratio = sum(c["rates"].values()) / c["rates"][self.name] if together else 1.0
         splits = len(c["rates"]) if self.cfg.rounds.split_steps else 1
         batches = [b for first, last in c["leases"] for b in range(first, last)]
+        self.note(round=c["round"], phase="train", steps=0, finite=True, vote="")
         return Plan(c["round"], c["mode"], batches, c["committed_tokens"], ratio, splits, c["open_s"], c["train_for_s"],
                     c["energy_kwh"], c["emissions_kg"], c["signal"], started=time.monotonic())  # fmt: skip
 
@@ -263,13 +319,14 @@ class Site:
             while plan.steps is None and not plan.stop:
                 self._in_round(plan, self.command())
             return not plan.stop and plan.done < plan.steps
-        while not plan.stop and (c := self.command(wait=False)):
+        while not plan.stop and (c := self.command(0.0)):
             self._in_round(plan, c)
         late = self._agree_on(time.monotonic() - plan.started >= plan.train_for_s)
         if not plan.stop and not late and plan.done == len(plan.batches):
-            self.tell(type="more", round=plan.round)
             while plan.done == len(plan.batches) and not plan.stop:
-                self._in_round(plan, self.command())
+                self.tell(type="more", round=plan.round, known=len(plan.batches))
+                if c := self.command(1.0):
+                    self._in_round(plan, c)
         return not plan.stop and not late
 
     def _in_round(self, plan: Plan, c: dict) -> None:
@@ -278,21 +335,28 @@ class Site:
             plan.steps, plan.signal = c["steps"], c["signal"]
         elif c["type"] == "lease" and ours:
             more = [b for first, last in c["ranges"] for b in range(first, last)]
-            plan.batches += more
+            plan.batches += [b for b in more if b not in plan.batches]
             plan.stop = plan.stop or not more
         elif c["type"] == "signal":
             plan.signal.append([c["t_s"], c["mci"]])
         elif c["type"] == "freeze" and ours:
             plan.stop = True
-        elif c["type"] == "cancel" and ours:
+        elif c["type"] == "cancel" and c["round"] <= plan.round:
             self.replica.restore()
-            plan.stop, plan.mode = True, "void"
-        elif c["type"] == "drop":
-            self.replica.drop(self.spec.keep_disk)
-            plan.stop, plan.mode = True, "void"
-        elif c["type"] == "commit" and c["eval"] and c["round"] + 1 == plan.round:
-            with self.replica.at_theta():  # our local round before this one: the model has moved on, theta has not
-                self.evaluate(c)
+            self._void(plan)
+        elif c["type"] == "fetch":  # our copy is not what it should be, or the run has moved on
+            self._void(plan)
+            self.fetch(c)
+        else:
+            if c["type"] == "commit" and c["eval"] and c["round"] + 1 == plan.round:
+                with self.replica.at_theta():  # our local round before this one: the model has moved on, theta has not
+                    self.evaluate(c)
+            if self._common(c):
+                self._void(plan)
+
+    def _void(self, plan: Plan) -> None:
+        plan.stop, plan.mode = True, "void"
+        self.note(round=-1, phase="idle", vote="")
 
     # -- the inner step -----------------------------------------------------------------------------------------------
 
@@ -319,9 +383,8 @@ class Site:
             inner.step()
             inner.zero_grad()
             total += loss * (stop - first) / rows
-        if not math.isfinite(total):  # nothing of this round will be committed
-            self.tell(type="frozen", round=plan.round, steps=plan.done, finite=False, bad_step=plan.done + 1, train_s=0.0)
-            plan.stop, plan.mode = True, "void"
+        if not math.isfinite(total):
+            plan.stop, plan.finite = True, False
         return total
 
     def _gradient(self, ids: torch.Tensor, targets: torch.Tensor) -> float:
@@ -354,16 +417,24 @@ class Site:
         coordinator while we train on, and counts once it is stored there."""
         if plan.mode == "void":
             return
-        train_s, finite = time.monotonic() - plan.started, self.replica.freeze()
-        self.tell(type="frozen", round=plan.round, steps=plan.done, finite=finite, bad_step=plan.done, train_s=train_s)
+        train_s, bad_step = time.monotonic() - plan.started, plan.done
+        if not (plan.finite and self.replica.freeze()):  # from theta again, with an optimizer that has not seen this
+            plan.finite, plan.done = False, 0
+            self.replica.restore()
+            self.replica.new_inner()
+        self.note(phase="frozen", steps=plan.done, finite=plan.finite)
+        self.tell(type="frozen", round=plan.round, steps=plan.done, finite=plan.finite, bad_step=bad_step, train_s=train_s)
         self.frozen_at, self.excused_s = time.monotonic(), 0.0
         if plan.mode == "local":
             self.frozen_at = 0.0  # nobody to wait for: not a sync
-            if plan.done and finite:
-                self.replica.upload(self.replica.take_own())
+            if plan.done:
+                parts = self.replica.take_own()
+                self.note(round=-1, phase="idle", unstored=plan.round)
+                self.replica.upload(parts)
 
     def agree(self, plan: Plan, attempt: dict | None = None) -> None:
         """From FREEZE to COMMIT or CANCEL: average the pseudo-gradients, vote, apply what was committed."""
+        self.note(round=plan.round, phase="frozen", steps=plan.done, vote="")
         while True:
             c, attempt = attempt or self.command(), None
             ours = c.get("round") == plan.round
@@ -371,35 +442,53 @@ class Site:
                 self.excused_s += c["waited_s"]
                 if self.rank == 0:
                     self._reduce_and_vote(plan, c)
+            elif c["type"] == "give" and ours and self.rank == 0:
+                self.replica.give(c["attempt"], c["digest"])
+            elif c["type"] == "take" and ours and self.rank == 0:
+                if self.replica.receive(c["digest"]):
+                    self._vote(c, c["digest"])
             elif c["type"] == "commit" and ours:
                 self._apply(c)
-                return
-            elif c["type"] == "cancel" and ours:
+                break
+            elif c["type"] == "cancel" and c["round"] <= plan.round:
                 self.replica.restore()
-                return
-            elif c["type"] == "drop":
-                self.replica.drop(self.spec.keep_disk)
-                return
+                break
+            elif c["type"] == "fetch":  # the round went on without us
+                self.fetch(c)
+                break
+            elif self._common(c):
+                break
+        self.note(round=-1, phase="idle")
 
     def _reduce_and_vote(self, plan: Plan, c: dict) -> None:
-        s, round_, number = self.cfg.sync, c["round"], c["attempt"]
+        interface, round_, number, group = self.cfg.sync.interface, c["round"], c["attempt"], None
+        self.note(attempt=number, vote="")
         try:
-            if s.topology == "star":
-                reduce_chunk = sync.star_reduce(self.link, round_, number, REDUCE_TIMEOUT_S)
+            if len(c["members"]) == 1:  # the others are gone: our own delta is the result
+                reduce_chunk = sync.alone
+            elif c["topology"] == "star":
+                reduce_chunk = sync.star_reduce(self.link, round_, number, self.replica.num_chunks, c["chunk_s"])
             else:
-                store = ChannelStore(self.link, f"{round_}/{number}", REDUCE_TIMEOUT_S)
-                reduce_chunk = sync.ring_reduce(sync.ring_group(store, c["rank"], len(c["members"]), s.interface, REDUCE_TIMEOUT_S))
-            self.vote = self.replica.average(c["weight"], reduce_chunk, stepped=plan.done > 0)
+                store = ChannelStore(self.link, f"{round_}/{number}", c["chunk_s"])
+                group = sync.ring_group(store, c["rank"], len(c["members"]), interface, c["chunk_s"])
+                reduce_chunk = sync.ring_reduce(group)
+            digest = self.replica.average(c["weight"], reduce_chunk, stepped=plan.done > 0)
         except (RuntimeError, ChannelError) as error:
-            self.tell(type="failed", round=round_, attempt=number, reason=str(error).splitlines()[0])
+            reduce_chunk = group = None  # closes its sockets: the other survivors stop waiting, too
+            self.tell(type="failed", round=round_, attempt=number, reason=(str(error).splitlines() or ["?"])[0])
             return
-        self.tell(type="vote", round=round_, attempt=number, digest=self.vote)
+        self._vote(c, digest)
+
+    def _vote(self, c: dict, digest: str) -> None:
+        self.note(vote=digest)
+        self.tell(type="vote", round=c["round"], attempt=c["attempt"], digest=digest)
 
     def _apply(self, c: dict) -> None:
         """The outer step, only with what was committed."""
-        if self.rank == 0 and c["digest"] != self.vote:
-            raise Mismatch(f"round {c['round']} was committed with digest {c['digest'][:12]}, ours is {self.vote[:12]}")
-        self.replica.apply()
+        if self.rank == 0 and c["digest"] != self.status["vote"]:
+            raise Mismatch(f"round {c['round']} was committed with digest {c['digest'][:12]}, ours is {self.status['vote'][:12]}")
+        self.replica.apply(c["digest"])
+        self.note(phase="idle")
         if c["send"]:
             self.replica.upload({"delta": self.replica.mean})
         if self.rank == 0:
@@ -460,10 +549,6 @@ def integrate(signal_: list, t0: float, t1: float, power_kw: float) -> tuple[flo
         if b > a or mci is None:
             total, mci = total + value * max(b - a, 0.0), value
     return power_kw * total / 3.6e6, mci
-
-
-def _sigterm(number, frame) -> None:
-    raise Over("asked to stop (SIGTERM)", config.EXIT_DONE)
 
 
 def die_with_parent() -> None:

@@ -20,7 +20,7 @@ class Vault:
         self.chunk_mb = cfg.sync.chunk_mb
         self.run_id, self.digest = "", ""
         self.agreed: dict[int, str] = {}  # round -> digest of the average that was committed to make it
-        self._partial: dict[int, dict[str, torch.Tensor]] = {}
+        self._partial: dict[tuple[int, str], dict[str, torch.Tensor]] = {}  # (round, sender) -> what has arrived
         self._held: dict[int, dict[str, tuple[str, str]]] = {}
 
     @property
@@ -53,12 +53,13 @@ class Vault:
         Raises ValueError if a federated result is not the one that was agreed.
         """
         round_ = header["round"]
-        part = self._partial.setdefault(round_, {})
+        self._partial = {k: v for k, v in self._partial.items() if k[0] == round_}
+        part = self._partial.setdefault((round_, header["site"]), {})
         vector = part.setdefault(header["name"], torch.empty(self.numel))
         vector[header["start"] : header["stop"]] = torch.frombuffer(bytearray(payload), dtype=torch.float32)
         if not header["last"]:
             return False
-        del self._partial[round_]
+        self._partial = {}
         if "delta" in part:
             if sync.digest(part["delta"], self.chunk_mb) != self.agreed.pop(round_):
                 raise ValueError(f"sent another result of round {round_ - 1} than was agreed")
