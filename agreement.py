@@ -95,7 +95,7 @@ class Agreement:
         if len(votes) == len(living):
             return Verdict("commit", digest=next(iter(kinds)))
         needy = tuple(s for s in living if s not in votes)
-        if self.at_head:
+        if self.at_head is not None:
             return Verdict("take", needy, self.at_head)
         if votes:
             holder = self.holder if self.holder in votes else next(iter(votes))

@@ -37,7 +37,7 @@ import timeouts
 from channel import Hub, make_keys
 from config import BadInput
 from data import Corpus
-from journal import Journal, Replay, Unwritable, check, effective, read
+from journal import Journal, Replay, Unwritable, check, check_held, effective, read
 from model import Shape, shape_of
 from rounds import Action, Run
 from vault import Vault
@@ -165,6 +165,8 @@ class Coordinator:
             alive = gap_s <= self.cfg.rounds.max_offline_s  # sites give up after that: they were off since
             run.meter = carbon.Meter(list(self.cfg.sites), rows, keep_last=alive)
         run.restore(now_s, held, start)
+        self.journal.add([{"t_s": round(now_s, 6), "type": "resume", "round": start}])
+        self.journal.flush()
         for lost in run.unstored:
             self.vault.agreed[lost["round"] + 1] = next(r["digest"] for r in held if r["type"] == "commit" and r["round"] == lost["round"])
         while self.samples.next_time() <= now_s:
@@ -203,8 +205,7 @@ class Coordinator:
         if self.replay:
             self._record(run.take_records())
             if not self.replay.done:
-                if not (action.kind == "fetch" and self.replay.absent(t, action.site, run)):
-                    simulate.imagine(t, action, run)
+                self._repeat(t, action, run)
                 return
             self._go_live(t)
             if action.kind in ("commit", "drop"):  # told before the stop
@@ -229,6 +230,30 @@ class Coordinator:
             self._await(lambda: run.phase != "reduce" or run.now.agreement.result or run.now.agreement.number > d["attempt"])
         elif action.kind == "evaluate":
             self._await(lambda: run.phase != "ending" or action.site not in run.holds)
+
+    def _repeat(self, t: float, action: Action, run: Run) -> None:
+        """What became of an action before the resume: what should have, but for the faults in the journal."""
+        replay, d = self.replay, action.data
+        for fault in replay.faults("lost", t, run):
+            run.lost(t, fault["site"], fault["action"])
+        if action.kind == "fetch" and replay.absent(t, action.site, run):
+            return
+        if action.kind == "freeze":
+            for site in d["members"]:
+                bad = replay.faults("non-finite loss", t, run, site)
+                run.frozen(t, site, d["steps"][site], not bad, bad[0]["step"] if bad else -1)
+        elif action.kind == "attempt":
+            for site in d["members"]:
+                if failed := replay.faults("average failed", t, run, site):
+                    run.failed(t, site, d["attempt"], failed[0]["action"].partition(": ")[2])
+                else:
+                    run.voted(t, site, d["attempt"], "")
+        elif action.kind == "give":
+            run.at_head(t, d["attempt"], d["digest"])
+        elif action.kind == "take":
+            run.voted(t, action.site, d["attempt"], d["digest"])
+        else:
+            simulate.imagine(t, action, run)
 
     def _go_live(self, t: float) -> None:
         """All decisions up to the stored state are repeated; from here on they are carried out."""
@@ -324,6 +349,8 @@ class Coordinator:
     def _carry_out(self) -> None:
         records, actions = self.run.take()
         for record in records:
+            if record["type"] == "attempt":
+                record["wall"] = {"attempt_s": round(self.timeouts.attempt_s, 3)}
             if record["type"] == "open":
                 record["wall"] = {"incarnations": {s: self.incarnations[s] for s in record["members"]}}
         self._record(records)
@@ -363,10 +390,11 @@ class Coordinator:
                 self.owed_evals[made] = d["evaluate"]
             for site in d["members"]:
                 self.hub.send(site, header | {"send": site == d["sender"], "eval": site == d["evaluate"]})
-            if (result := self.result.get(d["digest"])) is not None:  # it is here already
-                whole = {"round": made, "site": "", "name": "delta", "start": 0, "stop": result.numel(), "last": True}
-                self._stored(whole, sync.raw(result))
-            self.result = {}
+            if d["attempt"]:
+                result, self.result = self.result.get(d["digest"]), {}
+                if result is not None:  # it is here already
+                    whole = {"round": made, "site": "", "name": "delta", "start": 0, "stop": result.numel(), "last": True}
+                    self._stored(whole, sync.raw(result))
             carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.t))
         elif action.kind == "rollback":
             self.owed_stores, self.result = {}, {}
@@ -429,7 +457,7 @@ class Coordinator:
             self.hub.answer(identity, {"type": "refused", "busy": True, "reason": f"site {site} is already connected"})
             return
         again = bool(status) and known in (incarnation, None)
-        if known and not again:
+        if known and not again and (self.hub.connected(site) or site in self.unheard or self.run.counts_on(site)):
             self._lost(site, "was replaced by a new process", sure=True)
         self.hub.admit(site, identity)
         self.incarnations[site] = incarnation
@@ -583,7 +611,7 @@ def run_command(argv: list[str]) -> int:
         signal.signal(number, _interrupt)
     c = Coordinator(cfg)
     try:
-        print(report.opening(cfg, c.traces, c.vault.numel, c.hub.address, c.predicted_end_s), flush=True)
+        print(report.opening(cfg, c.traces, c.vault.numel, c.hub.address, c.predicted_end_s, c.timeouts), flush=True)
         (c.run_virtual if c.virtual else c.run_wall)()
         code = c.close()
     except Interrupted:
@@ -624,7 +652,9 @@ def check_command(argv: list[str]) -> int:
     if not path.is_file():
         raise BadInput(f"{path} does not exist; say coordinator.py check RUN_DIR")
     cfg = OmegaConf.load(path.with_name("config.yaml"))
-    results = check(read(path), cfg.budget.tokens // cfg.data.tokens_per_step)
+    records = read(path)
+    held = {file.parent.name: report.read_lines(file) for file in sorted(path.parent.glob("sites/*/held.jsonl"))}
+    results = check(records, cfg.budget.tokens // cfg.data.tokens_per_step) + (check_held(records, held) if records else [])
     for ok, sentence in results:
         print(f"{'ok    ' if ok else 'BROKEN'} {sentence}")
     return 0 if all(ok for ok, _ in results) else 1

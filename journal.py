@@ -8,6 +8,7 @@ Also here: reading a journal back (`effective` leaves out what a resume took bac
 (`check`). Pure files and dictionaries; knows neither sockets nor torch.
 """
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -25,35 +26,48 @@ class Unwritable(RuntimeError):
 
 
 def order(record: dict) -> tuple:
-    return record["t_s"], record["type"] == "end", record["type"], record.get("site") or ""
+    """By time; in one moment a rollback comes first, as it makes way, and the end last."""
+    rank = {"rollback": 0, "end": 2}.get(record["type"], 1)
+    return record["t_s"], rank, record["type"], record.get("site") or ""
 
 
 class Journal:
     def __init__(self, path: Path):
         self.path = path
         self.records: list[dict] = read(path) if path.exists() else []
-        if path.exists() and (torn := path.stat().st_size - path.read_bytes().rfind(b"\n") - 1):
-            os.truncate(path, path.stat().st_size - torn)  # left by a crash while writing
         self._buffer: list[dict] = []
-        self._file = open(path, "a", encoding="utf-8")
+        try:
+            if path.exists() and (torn := path.stat().st_size - path.read_bytes().rfind(b"\n") - 1):
+                os.truncate(path, path.stat().st_size - torn)  # left by a crash while writing
+            self._file = open(path, "ab", buffering=0)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> Unwritable:
+        return Unwritable(f"{self.path}: {error.strerror}; free space or mend the disk, then the same command resumes")
 
     def add(self, records: list[dict]) -> None:
         self._buffer += records
 
     def flush(self, upto_s: float = float("inf")) -> list[dict]:
-        """Write what is due by upto_s; returns it. On return it is on disk."""
+        """Write what is due by upto_s; returns it. On return it is on disk. Raises Unwritable, and then nothing of it is."""
         due = sorted((r for r in self._buffer if r["t_s"] <= upto_s), key=order)
         if not due:
             return []
+        numbered = [{"n": len(self.records) + i} | record for i, record in enumerate(due)]
+        data = "".join(json.dumps(record) + "\n" for record in numbered).encode()
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), size)
+            raise self._unwritable(error) from None
         self._buffer = [r for r in self._buffer if r["t_s"] > upto_s]
-        lines = []
-        for record in due:
-            numbered = {"n": len(self.records)} | record
-            self.records.append(numbered)
-            lines.append(json.dumps(numbered))
-        self._file.write("\n".join(lines) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.records += numbered
         return due
 
     def close(self) -> None:
@@ -80,7 +94,8 @@ def effective(records: list[dict]) -> list[dict]:
             keep = stores[-1] + 1 if stores else 1
             out = [r for r in out[:keep] if not (r["type"] == "open" and r["round"] == record["round"])]
         elif record["type"] == "rollback":
-            out = [r for r in out if r.get("round", -1) < record["to_round"] or r["type"] not in ("open", "attempt", "commit", "lease")]
+            undone = ("open", "attempt", "commit", "lease", "frozen")
+            out = [r for r in out if r.get("round", -1) < record["to_round"] or r["type"] not in undone]
             out.append(record)
         else:
             out.append(record)
@@ -105,6 +120,7 @@ class Replay:
         end = next((i for i, r in enumerate(held) if r["type"] == "store" and r["round"] == start), 0)
         known = [r for r in held[1 : end + 1] if r["type"] != "eval" and not self._reopens(r)]
         self._left = Counter(map(decision, known))
+        self._faults = [r for r in known if r["type"] == "fault"]
         self._absent = {(r["t_s"], r["site"]): r["action"].removeprefix("left out: ") for r in known if r.get("kind") == "absent"}
 
     def _reopens(self, record: dict) -> bool:
@@ -120,6 +136,14 @@ class Replay:
         if why:
             run.absent(t, site, why)
         return bool(why)
+
+    def faults(self, kind: str, t: float, run, site: str | None = None) -> list[dict]:
+        """Faults of a kind that struck at this very moment of the run (at a site); each is handed out once."""
+        attempt = run.now.agreement.number if run.now and run.now.agreement else 0
+        now = (kind, round(t, 6), run.phase, attempt)
+        due = [r for r in self._faults if (r["kind"], r["t_s"], r["phase"], r["attempt"]) == now and site in (None, r["site"])]
+        self._faults = [r for r in self._faults if r not in due]
+        return due
 
     def verify(self, records: list[dict]) -> None:
         for record in records:
@@ -163,7 +187,57 @@ def check(records: list[dict], num_batches: int) -> list[tuple[bool, str]]:
     out.append((federated <= agreed, "no federated commit without an attempt"))
     stores = [r["round"] for r in held if r["type"] == "store"]
     out.append((stores == sorted(set(stores)) and set(stores) <= {c["round"] + 1 for c in commits}, "only committed states are stored"))
+    late = [f"round {r}: {s:.1f} s" for r, s, bound in stalls(records) if s > bound]
+    out.append((not late, "no stall is longer than its attempts may take" + "".join(f"; {x}" for x in late)))
     ended = [r for r in held if r["type"] == "end"]
     if ended and ended[-1]["reason"] == "budget":
         out.append((ledger.num_committed == num_batches, "the whole budget is committed"))
     return out
+
+
+def stalls(records: list[dict]) -> list[tuple[int, float, float]]:
+    """(round, stall, bound) in seconds of each federated round on the wall clock: from its first attempt, or from where a
+    restarted coordinator took it up again, to its commit. Each attempt may take attempt_s, and as long again to bring its
+    result to members that lack it; a commit also waits for the state before it to be stored, which takes no longer."""
+    out: list[tuple[int, float, float]] = []
+    began, bound = None, 0.0
+    for r in records:
+        if r["type"] == "attempt" and "attempt_s" in r.get("wall", {}):
+            began = r["t_s"] if began is None or r["attempt"] == 1 else began
+            bound = (0.0 if r["attempt"] == 1 else bound) + 3 * r["wall"]["attempt_s"]
+        elif r["type"] == "resume" and began is not None:
+            began = r["t_s"]
+        elif r["type"] == "commit" and began is not None:
+            out.append((r["round"], r["t_s"] - began, bound))
+            began = None
+        elif r["type"] in ("cancel", "rollback"):
+            began = None
+    return out
+
+
+def check_held(records: list[dict], held: dict[str, list[dict]]) -> list[tuple[bool, str]]:
+    """The same for what the sites themselves say to have held. held: site -> lines of its held.jsonl."""
+    run_id = records[0].get("wall", {}).get("run_id")
+    lines = {site: [x for x in mine if x["run_id"] == run_id] for site, mine in held.items()}
+    stored = {(r["round"], r["digest_theta"]) for r in records if r["type"] == "store"} | {(0, records[0]["digest"])}
+    agreed = {(r["round"], r["digest"]) for r in records if r["type"] == "commit"}
+    every = [x for mine in lines.values() for x in mine]
+    fetched = all((x["round"], x["digest"]) in stored for x in every if x["how"] == "fetch")
+    committed = all((x["round"] - 1, x["result"]) in agreed for x in every if x["how"] == "commit")
+    bits: dict[tuple, set] = {}
+    for x in every:
+        if x["how"] == "commit":
+            bits.setdefault((x["round"], x["result"]), set()).add(x["digest"])
+    last = {r["round"]: r["digest_theta"] for r in records if r["type"] == "store"}
+    same = all(len(digests) == 1 for digests in bits.values()) and all(
+        digests == {last[round_]} for (round_, result), digests in bits.items()
+        if round_ in last and any((r["round"], r["digest"]) == (round_ - 1, result) for r in effective(records) if r["type"] == "commit")
+    )  # fmt: skip
+    givers = {(s, c["round"]) for c in effective(records) if c["type"] == "commit" for s, used in c["batches"].items() if used}
+    based = all(s not in lines or any(x["round"] == r for x in lines[s]) for s, r in givers)
+    return [
+        (fetched, f"sites started from stored states only ({sum(x['how'] == 'fetch' for x in every)} downloads)"),
+        (committed, f"nothing was applied without its commit ({sum(x['how'] == 'commit' for x in every)} outer steps)"),
+        (same, f"one digest per round at every site and at the head node ({len(bits)} rounds)"),
+        (based, "every contribution came from a site that held the state its round started from"),
+    ]

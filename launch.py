@@ -2,13 +2,14 @@
 
     python launch.py configs/demo.yaml [key=value ...]
 
-Shows what happens live (a table of sites on a terminal, plain lines elsewhere), leaves no process behind whatever
-way it ends, draws the figure, and exits with the coordinator's exit code. It starts just what the README tells a
-person to start by hand, with the same commands.
+Shows what happens live (a table of sites on a terminal, plain lines elsewhere), starts again what was killed, leaves no
+process behind whatever way it ends, draws the figure, and exits with the coordinator's exit code. It starts just what the
+README tells a person to start by hand, with the same commands.
 """
 
 import ctypes
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 import config
 
 GRACE_S = 10.0
+MAX_RESTARTS, QUIET_S = 4, 60.0  # in a row; after so long without one the count begins anew
 HERE = Path(__file__).parent
 
 
@@ -131,24 +133,32 @@ def main(argv: list[str]) -> int:
     cfg = config.load(argv)  # bad input is said here, before anything starts
     run_dir = config.run_dir(cfg)
     env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
-    site_argv = [a for a in argv if not a.startswith("fresh=")]
     children: dict[str, subprocess.Popen] = {}
     logs = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    screen = None
+    screen, again = None, [a for a in argv if not a.startswith("fresh=")]
+
+    def start_site(name: str) -> None:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        logs[name] = open(run_dir / "logs" / f"{name}.log", "a")
+        children[name] = start(site_command(again, name, cfg.sites[name].ranks), env, stdout=logs[name], stderr=logs[name])
+
     try:
-        command = [sys.executable, str(HERE / "coordinator.py"), *argv]
-        head = children["coordinator"] = start(command, env, stdout=subprocess.PIPE, text=True)
-        first = head.stdout.readline()  # the coordinator has taken the folder and cleared it, or has refused
-        if first:
-            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-            for name, site in cfg.sites.items():
-                logs[name] = open(run_dir / "logs" / f"{name}.log", "a")
-                children[name] = start(site_command(site_argv, name, site.ranks), env, stdout=logs[name], stderr=logs[name])
-            screen = Screen(cfg)
-            _follow(head, children, screen, first)
-        code = head.wait()
+        code, restarts, coordinator = None, Restarts(), [sys.executable, str(HERE / "coordinator.py")]
+        while code is None or (code < 0 and restarts.may("coordinator")):  # killed by a signal, not by us: the journal has it all
+            if code is not None:
+                print(f"{'coordinator':15} | killed by signal {-code}; starting it again", file=sys.stderr, flush=True)
+            command = [*coordinator, *(argv if code is None else again)]
+            head = children["coordinator"] = start(command, env, stdout=subprocess.PIPE, text=True)
+            first = head.stdout.readline()  # the coordinator has taken the folder and cleared it, or has refused
+            if first:
+                for name in cfg.sites:
+                    if name not in children:
+                        start_site(name)
+                screen = screen or Screen(cfg)
+                _follow(head, children, start_site, restarts, screen, first)
+            code = head.wait()
         if code == config.EXIT_FAILED:
             _show_logs(logs)
         wait_all(children, GRACE_S)
@@ -167,27 +177,56 @@ def main(argv: list[str]) -> int:
             child.wait()
         if screen:
             screen.close()
+    code = config.EXIT_FAILED if code < 0 else code
     if code in (config.EXIT_DONE, config.EXIT_BUDGET_LEFT) and (run_dir / "summary.json").exists():
         subprocess.run([sys.executable, str(HERE / "figures.py"), str(run_dir)], env=env, check=False)
     return code
 
 
-def _follow(head: subprocess.Popen, children: dict[str, subprocess.Popen], screen: Screen, first: str) -> None:
-    """Show the coordinator's lines until it closes its end; note a site whose process ends early."""
-    threading.Thread(target=_watch, args=(head, children), daemon=True).start()
-    screen.show(first.rstrip("\n"))
-    for line in head.stdout:
-        screen.show(line.rstrip("\n"))
+class Restarts:
+    """How often what may be started again: a few times in a row, with growing pauses, and anew after a quiet while."""
+
+    def __init__(self):
+        self.count: dict[str, int] = {}
+        self.last: dict[str, float] = {}
+
+    def may(self, name: str) -> bool:
+        now = time.monotonic()
+        self.count[name] = 1 if now - self.last.get(name, 0.0) > QUIET_S else self.count[name] + 1
+        self.last[name] = now
+        return self.count[name] <= MAX_RESTARTS
+
+    def pause_s(self, name: str) -> float:
+        return 2.0 ** self.count[name] / 2
 
 
-def _watch(head: subprocess.Popen, children: dict[str, subprocess.Popen]) -> None:
-    told = set()
-    while head.poll() is None:
-        for name, child in list(children.items()):
-            if child.poll() not in (None, 0) and name not in told and head.poll() is None:
-                told.add(name)
-                print(f"{name:15} | process ended with code {child.returncode}; see its log", file=sys.stderr, flush=True)
-        time.sleep(0.2)
+def _follow(head: subprocess.Popen, children: dict[str, subprocess.Popen], start_site, restarts: Restarts, screen: Screen, first: str):
+    """Show the coordinator's lines until it closes its end; start a site again whose process was killed or failed."""
+    lines: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=lambda: [lines.put(line) for line in head.stdout] + [lines.put(None)], daemon=True).start()
+    due: dict[str, float] = {}
+    given_up: set[str] = set()
+    line = first
+    while line is not None:
+        if line:
+            screen.show(line.rstrip("\n"))
+        for name, child in children.items():
+            if name == "coordinator" or name in due or name in given_up or child.poll() in (None, 0, config.EXIT_BUDGET_LEFT):
+                continue
+            if restarts.may(name):
+                due[name] = time.monotonic() + restarts.pause_s(name)
+                print(f"{name:15} | process ended with code {child.returncode}; starting it again", file=sys.stderr, flush=True)
+            else:
+                given_up.add(name)
+                print(f"{name:15} | process ended with code {child.returncode} again and again; see its log", file=sys.stderr, flush=True)
+        for name in [name for name, t in due.items() if time.monotonic() >= t]:
+            del due[name]
+            if head.poll() is None:
+                start_site(name)
+        try:
+            line = lines.get(timeout=0.2)
+        except queue.Empty:
+            line = ""
 
 
 def _show_logs(logs: dict) -> None:

@@ -28,7 +28,7 @@ def clock(cfg, t_s: float) -> str:
     return carbon.iso(config.start_unix(cfg) + t_s)[11:16]
 
 
-def opening(cfg, traces, num_params: int, address: str, predicted_end_s: float) -> str:
+def opening(cfg, traces, num_params: int, address: str, predicted_end_s: float, timeouts) -> str:
     """A dozen lines: what will be trained, where, when, and where it is written."""
     start = config.start_unix(cfg)
     lines = [
@@ -45,6 +45,8 @@ def opening(cfg, traces, num_params: int, address: str, predicted_end_s: float) 
         windows = traces[site.region].below(cfg.policy.on_below_g_per_kwh, start, traces[site.region].end)
         text = ", ".join(f"{carbon.iso(a)[11:16]}-{carbon.iso(b)[11:16]}" for a, b in windows[:4]) or "none"
         lines.append(f"  {name:15} {site.region:12} {site.tokens_per_s:g} tokens/s, {site.train_kw:g} kW; windows {text}")
+    lines.append("  time-outs, each from the one above it")
+    lines.append(timeouts.table())
     lines.append(f"  written  {config.run_dir(cfg)}; control channel at {address} (CURVE keys in {config.run_dir(cfg)}/keys)")
     return "\n".join(lines)
 
@@ -70,7 +72,9 @@ def describe(record: dict, cfg, run) -> str | None:
         return f"{'validation':15} | {at} round {record['round']}: {measured}"
     if kind == "fault":
         return f"{record['site']:15} | {at} FAULT {record['kind']}: {record['action']}"
-    if kind in ("cancel", "rollback", "end"):
+    if kind == "rollback":
+        return f"{kind:15} | {at} to round {record['to_round']}: {record['tokens']:,} tokens are trained again"
+    if kind in ("cancel", "end"):
         return f"{kind:15} | {at} {record.get('reason', '')}"
     return None
 

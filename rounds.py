@@ -640,7 +640,7 @@ class Run:
         self.blown = 0
         living, tokens = a.living, sum(a.tokens.values())
         self.holds |= dict.fromkeys(living, self.round)
-        self.last = {"round": now.number, "digest": a.result, "members": a.members}
+        self.last = {"round": now.number, "digest": a.result}
         self.unstored.append({"round": now.number, "tokens": tokens, "batches": used})
         self._record(t, "commit", round=now.number, tokens=tokens, batches=batches, digest=a.result)
         staying = [s for s in living if s not in self.leaving]
@@ -668,7 +668,8 @@ class Run:
             done = self.pending.pop(0)
             self.ledger.commit(done["batches"])
             self._record(t, "commit", round=done["round"], tokens=done["count"] * self.facts.tokens_per_step,
-                         batches={done["site"]: done["batches"]}, digest=digest_theta)  # fmt: skip
+                         batches={done["site"]: done["batches"]},
+                         digest=digest_theta if done["round"] + 1 == number else "")  # fmt: skip
             self.blown = 0
             self._actions.append(Action("commit", None, {
                 "round": done["round"], "members": [done["site"]], "digest": digest_theta, "sender": None, "attempt": 0,
@@ -750,6 +751,11 @@ class Run:
         self._moves(t, self.schedule.stop(t, site, why))
         self._set_power(t)
 
+    def counts_on(self, site: str) -> bool:
+        """A site holds the state, or has a part in a round."""
+        member = self.now is not None and site in self.now.members and site not in self.now.gone
+        return member or site in self.holds or any(p["site"] == site for p in self.pending)
+
     def present(self, site: str) -> None:
         self.schedule.set_absent(site, "")
 
@@ -826,43 +832,43 @@ class Run:
 
     def back(self, t: float, site: str, status: dict) -> None:
         """Wall: a process of before is heard again, by us or by the coordinator we follow. status: `held` round, `round`,
-        `phase` (idle | train | frozen), `steps`, `finite`, `attempt`, `vote`, `unstored` [round, steps] of a local round."""
+        `phase` (idle | train | frozen), `steps`, `finite`, `attempt`, `vote`, `unstored` (local round -> its steps)."""
         now, held = self.now, status["held"]
         self.present(site)
+        alone = status["unstored"]  # what it froze by itself meanwhile
+        if now and now.mode == "local" and site in now.members and str(now.number) in alone:
+            self.frozen(t, site, alone[str(now.number)])
         if any(p["site"] == site for p in self.pending):
-            if status["unstored"] and status["unstored"] >= self.pending[0]["round"]:
+            if str(self.pending[0]["round"]) in alone and held == self.round:
                 self.holds[site] = self.round
-                self._actions.append(Action("resend", site, {"round": self.pending[-1]["round"] + 1}))
+                self._actions.append(Action("resend", site, {"round": self.round}))
             else:
                 self._out(t, site, "came back without the local round it had not stored")
-                now = self.now
-        if now and status["round"] == now.number == held and site in now.members and site not in now.gone:
+        now = self.now
+        if self.last and held == self.last["round"] == self.round - 1 and status["vote"] == self.last["digest"]:
+            held, status = self.round, status | {"round": -1}  # the commit it missed
+            self._actions.append(Action("commit", None, self.last | {"members": [site], "sender": None, "evaluate": None, "attempt": 0}))
+        if now and held == now.number and site in now.members and site not in now.gone:
             now.silent.pop(site, None)
-            self.holds[site] = now.number
+            self.holds[site] = held
             a = now.agreement
-            if status["phase"] == "idle":  # it never heard of this round, or was told that it is void
+            if status["round"] != held and self.phase == "train":  # it never heard of this round
                 self._actions.append(Action("open", None, now.told | {"members": [site]}))
-            elif status["phase"] == "frozen" and a is None:
+            elif a is None and status["round"] != held:
+                self.frozen(t, site, 0)
+            elif a is None and status["phase"] == "frozen":
                 self.frozen(t, site, status["steps"], status["finite"], status["steps"] + 1)
             elif a and status["vote"] and status["attempt"] == a.number:
                 self.voted(t, site, a.number, status["vote"])
-            elif (a and status["phase"] == "train") or self.phase == "freezing":
+            elif self.phase == "freezing":
                 self._actions.append(Action("freeze", None, {"round": now.number, "members": [site], "steps": None}))
-        elif self.last and held == self.last["round"] == self.round - 1 and status["vote"] == self.last["digest"]:
-            self.holds[site] = self.round  # the commit it missed
-            if send := bool(self.unstored and self.sender in (None, site)):
-                self.sender, self.rollback_at = site, INFINITY
-            self._actions.append(Action("commit", None, {
-                "round": self.last["round"], "members": [site], "digest": self.last["digest"], "attempt": status["attempt"],
-                "sender": site if send else None, "evaluate": None,
-            }))  # fmt: skip
         elif held == self.round and self.schedule.sites[site].state == "on":
             self.holds[site] = held
-            if self.unstored and self.sender in (None, site):
-                self._ask_store(t)
         elif held >= 0:
             self.holds.pop(site, None)
             self._actions.append(Action("cancel", None, {"round": status["round"], "members": [site], "reason": "the run has moved on"}))
+        if self.unstored and self.holds.get(site) == self.round and self.sender in (None, site):
+            self._ask_store(t)
         if held != self.round and self.schedule.sites[site].state in ("starting", "on") and self.stored == self.round:
             self._actions.append(Action("fetch", site, {"round": self.stored}))
         if self.phase in ("idle", "handover"):
@@ -964,7 +970,8 @@ class Run:
         self._touched.clear()
 
     def _fault(self, t: float, site: str, kind: str, action: str, **more) -> None:
-        self._record(t, "fault", site=site, kind=kind, action=action, **more)
+        attempt = self.now.agreement.number if self.now and self.now.agreement else 0
+        self._record(t, "fault", site=site, kind=kind, action=action, phase=self.phase, attempt=attempt, **more)
 
     def _record(self, t: float, type_: str, /, **fields) -> None:
         self._records.append({"t_s": round(t, 6), "type": type_} | fields)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -160,47 +160,80 @@ def fsync_dir(folder: Path) -> None:
 
 
 def write_durably(path: Path, write) -> None:
-    """write(temporary path), fsync, rename: a reader sees the old file or the whole new one."""
+    """write(temporary path), fsync, rename: a reader sees the old file or the whole new one. Raises OSError, and then
+    leaves no temporary file."""
     tmp = path.with_name(path.name + ".tmp")
-    write(tmp)
-    with open(tmp, "rb+") as file:
-        os.fsync(file.fileno())
-    tmp.replace(path)
+    try:
+        write(tmp)
+        with open(tmp, "rb+") as file:
+            os.fsync(file.fileno())
+        tmp.replace(path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
     fsync_dir(path.parent)
 
 
 class StateFolder:
-    """theta_r and m_r of the last rounds on disk: safetensors with a manifest, the last two kept."""
+    """theta_r and m_r of the last rounds on disk: safetensors with a manifest, the last two kept.
+
+    What the manifest says of a state stands in the state's own metadata, too: a manifest that is lost or damaged is made
+    again from the files.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.manifest: list[dict] = []
-        path = folder / "manifest.json"
-        if path.exists():
-            self.manifest = json.loads(path.read_text())["states"]
+        for left in folder.glob("*.tmp"):  # by a crash while writing
+            left.unlink()
+        self.manifest = self._read_manifest()
+
+    def _read_manifest(self) -> list[dict]:
+        path = self.folder / "manifest.json"
+        try:
+            return [s | {"round": int(s["round"])} for s in json.loads(path.read_text())["states"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return [about for file in sorted(self.folder.glob("round-*.safetensors")) if (about := self._about(file))]
+
+    def _about(self, path: Path) -> dict | None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+            return about | {"round": int(about["round"])}
+        except (OSError, ValueError, KeyError, SafetensorError):
+            return None
 
     def _file(self, round_: int) -> Path:
         return self.folder / f"round-{round_:06d}.safetensors"
 
     def save(self, round_: int, theta: Tensor, m: Tensor, facts: dict) -> None:
-        write_durably(self._file(round_), lambda tmp: save_file({"theta": theta, "m": m}, tmp))
+        """facts: str -> str, what the manifest says of this state. Raises OSError; what was there before then still is."""
+        about = {"round": str(round_)} | facts
+        write_durably(self._file(round_), lambda tmp: save_file({"theta": theta, "m": m}, tmp, metadata=about))
         kept = [s for s in self.manifest if s["round"] < round_][-(KEEP_STATES - 1) :]
-        self.manifest = kept + [{"round": round_} | facts]
-        text = json.dumps({"states": self.manifest}, indent=1)
+        manifest = kept + [{"round": round_} | facts]
+        text = json.dumps({"states": manifest}, indent=1)
         write_durably(self.folder / "manifest.json", lambda tmp: tmp.write_text(text))
+        self.manifest = manifest
         for path in self.folder.glob("round-*.safetensors"):
             if path not in [self._file(s["round"]) for s in self.manifest]:
                 path.unlink()
 
     def load(self, round_: int) -> tuple[Tensor, Tensor]:
-        with safe_open(self._file(round_), framework="pt") as file:
-            return file.get_tensor("theta"), file.get_tensor("m")
+        """theta and m of a round. Raises ValueError if the file is not there or cannot be read."""
+        try:
+            with safe_open(self._file(round_), framework="pt") as file:
+                return file.get_tensor("theta"), file.get_tensor("m")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(str(error).splitlines()[0]) from None
+
+    def forget(self, round_: int) -> None:
+        """A state is damaged: it is neither listed nor served."""
+        self.manifest = [s for s in self.manifest if s["round"] != round_]
 
     def read(self, round_: int, name: str, start: int, stop: int) -> bytes | None:
-        """Elements [start, stop) of theta or m of a stored round as raw bytes; None if it is not there."""
-        path = self._file(round_)
-        if name not in ("theta", "m") or not path.exists():
+        """Elements [start, stop) of theta or m of a listed round as raw bytes; None if it is not there."""
+        if name not in ("theta", "m") or round_ not in [s["round"] for s in self.manifest] or not self._file(round_).exists():
             return None
-        with safe_open(path, framework="pt") as file:
+        with safe_open(self._file(round_), framework="pt") as file:
             return bytes(raw(file.get_slice(name)[start:stop].contiguous()))

@@ -120,7 +120,7 @@ class Site:
         self.link: Link | None = None
         self.leaving_since = 0.0  # monotonic; 0: nobody asked us to go
         self.looked = 0.0  # monotonic: when we last looked whether the coordinator has moved
-        self.status = {"held": -1, "round": -1, "phase": "idle", "steps": 0, "finite": True, "attempt": 0, "vote": "", "unstored": -1}
+        self.status = {"held": -1, "round": -1, "phase": "idle", "steps": 0, "finite": True, "attempt": 0, "vote": "", "unstored": {}}
         self.panel: report.Panel | None = None
         if self.ranks > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
@@ -269,6 +269,7 @@ class Site:
                 self.agree(Plan(held, "federated", []), c)
             elif c["type"] == "cancel" and held >= 0:
                 self.replica.restore()
+                self.note(round=-1, phase="idle", vote="", unstored={})
             elif c["type"] == "evaluate" or (c["type"] == "commit" and c["eval"] and c["round"] + 1 == held):
                 self.evaluate(c)
             else:
@@ -278,12 +279,12 @@ class Site:
         """What may be asked of us at any time; True if that leaves us without the state of the run."""
         if c["type"] == "drop":
             self.replica.drop(self.spec.keep_disk or c.get("keep", False))
-            self.note(round=-1, phase="idle", vote="", unstored=-1)
+            self.note(round=-1, phase="idle", vote="", unstored={})
             return True
         if c["type"] == "resend" and c["round"] == self.replica.round:
             self.replica.resend()
-        elif c["type"] == "commit" and c["round"] == self.status["unstored"]:
-            self.note(unstored=-1)
+        elif c["type"] == "commit":
+            self.note(unstored={r: n for r, n in self.status["unstored"].items() if int(r) > c["round"]})
         return False
 
     def fetch(self, c: dict) -> None:
@@ -297,7 +298,7 @@ class Site:
             self.panel.rewind(c["rewind"])
             if kept:
                 print(f"{self.name:15} | inner optimizer state of round {c['round']} found on own disk", flush=True)
-        self.note(round=-1, phase="idle", vote="", unstored=-1)
+        self.note(round=-1, phase="idle", vote="", unstored={})
         self.tell(type="current", round=c["round"])
 
     def _plan(self, c: dict) -> Plan:
@@ -429,7 +430,7 @@ class Site:
             self.frozen_at = 0.0  # nobody to wait for: not a sync
             if plan.done:
                 parts = self.replica.take_own()
-                self.note(round=-1, phase="idle", unstored=plan.round)
+                self.note(round=-1, phase="idle", unstored=self.status["unstored"] | {str(plan.round): plan.done})
                 self.replica.upload(parts)
 
     def agree(self, plan: Plan, attempt: dict | None = None) -> None:

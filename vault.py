@@ -11,6 +11,7 @@ import torch
 import config
 import sync
 from config import BadInput
+from journal import Unwritable
 from model import GPT, Shape
 
 
@@ -35,17 +36,31 @@ class Vault:
         self._save(0)
 
     def load(self, stored: dict[int, str], run_id: str) -> int:
-        """The newest state on disk that the journal knows (stored: round -> digest); returns its round."""
+        """The newest undamaged state on disk that the journal knows (stored: round -> digest); returns its round."""
+        self.run_id, damaged = run_id, []
         known = [s for s in self.states.manifest if stored.get(s["round"]) == s["digest_theta"] and s["run_id"] == run_id]
-        if not known:
-            raise BadInput(f"{self.states.folder} holds no state the journal knows; restore it, or take fresh=true")
-        round_, self.run_id = known[-1]["round"], run_id
-        self.theta, self.m = self.states.load(round_)
-        self.digest = sync.digest(self.theta, self.chunk_mb)
-        if self.digest != stored[round_]:
-            raise BadInput(f"{self.states.folder} round {round_} has digest {self.digest[:12]}, the journal says "
-                           f"{stored[round_][:12]}: damaged; restore it, or take fresh=true")  # fmt: skip
-        return round_
+        for state in reversed(known):
+            round_ = state["round"]
+            if not (why := self._damage(round_, state)):
+                for line in damaged:
+                    print(f"coordinator | {line}; using round {round_}", flush=True)
+                return round_
+            damaged.append(f"state of round {round_} is damaged ({why})")
+            self.states.forget(round_)
+        found = "; ".join(damaged) or "no state the journal knows"
+        raise BadInput(f"{self.states.folder}: {found}; restore one of its files, or take fresh=true")
+
+    def _damage(self, round_: int, state: dict) -> str:
+        """Load a state; what is wrong with it, or nothing."""
+        try:
+            self.theta, self.m = self.states.load(round_)
+        except ValueError as error:
+            return str(error)
+        self.digest, self.digest_m = sync.digest(self.theta, self.chunk_mb), sync.digest(self.m, self.chunk_mb)
+        for name, digest in (("theta", self.digest), ("m", self.digest_m)):
+            if digest != state[f"digest_{name}"]:
+                return f"{name} has digest {digest[:12]}, not {state[f'digest_{name}'][:12]}"
+        return ""
 
     def receive(self, header: dict, payload) -> bool:
         """One uploaded chunk. True if it was the last one and the state of header['round'] is now durable.
@@ -74,7 +89,10 @@ class Vault:
         self.digest, self.digest_m = sync.digest(self.theta, self.chunk_mb), sync.digest(self.m, self.chunk_mb)
         facts = {"run_id": self.run_id, "digest_theta": self.digest, "digest_m": self.digest_m,
                  "config_digest": config.train_digest(self.cfg)}  # fmt: skip
-        self.states.save(round_, self.theta, self.m, facts)
+        try:
+            self.states.save(round_, self.theta, self.m, facts)
+        except OSError as error:
+            raise Unwritable(f"{self.states.folder}: {error.strerror}; free space, then the same command resumes") from None
         self.note(round_, "coordinator", self.digest, self.digest_m)
 
     def note(self, round_: int, who: str, theta: str, m: str) -> list[tuple[str, str]]:

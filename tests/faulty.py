@@ -1,0 +1,137 @@
+"""One of our programs with one real fault built in: it dies, freezes or goes wrong at an exact point of the protocol.
+
+    python tests/faulty.py PACE_S POINT:ROUND[:DEED] train.py|coordinator.py ARGV...
+
+PACE_S: seconds added to each step. POINT: where, as below; `none`: nowhere. DEED: kill (default, SIGKILL), stop (SIGSTOP),
+fail (an exception as gloo raises it), sleep (5 s, heartbeats go on). It happens once, when round >= ROUND; the file
+fault-POINT-NAME then holds the moment (unix time).
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import coordinator
+import replica
+import sync
+import train
+
+
+def deed(kind: str) -> None:
+    if kind == "fail":
+        raise RuntimeError("Connection closed by peer (test)")
+    if kind == "sleep":
+        time.sleep(5.0)
+        return
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
+
+
+def once(here: int, round_: int) -> bool:
+    """True the first time."""
+    if here < round_ or MARK.exists():
+        return False
+    MARK.write_text(str(time.time()))
+    return True
+
+
+def wrap(owner, name: str, before=None, after=None) -> None:
+    """before(self, *args) and after(self, result, *args) around a method; `after` may replace the result."""
+    plain = getattr(owner, name)
+
+    def wrapped(self, *args, **kwargs):
+        if before:
+            before(self, *args)
+        result = plain(self, *args, **kwargs)
+        return after(self, result, *args) if after else result
+
+    setattr(owner, name, wrapped)
+
+
+def build(point: str, round_: int, kind: str) -> None:
+    def strike(here):
+        if once(here, round_):
+            deed(kind)
+
+    def federated(plan):
+        return plan.round if plan.mode == "federated" else -1
+
+    if point == "freeze":  # after FREEZE
+        wrap(train.Site, "agree", lambda site, plan, *a: strike(federated(plan)))
+    elif point == "reduce":  # after its first chunk
+        plain = sync.chunk_hash
+        sync.chunk_hash = lambda part: (strike(CURRENT["round"]), plain(part))[1]
+        wrap(train.Site, "_reduce_and_vote", lambda site, plan, c: CURRENT.update(round=c["round"]))
+        wrap(train.Site, "_vote", lambda site, c, d: CURRENT.update(round=-1))
+    elif point == "vote":  # after REDUCE, before VOTE
+        wrap(replica.Replica, "average", after=lambda r, result, *a: (strike(r.round), result)[1])
+    elif point == "apply":  # after VOTE, before APPLY
+        wrap(train.Site, "_apply", lambda site, c: strike(c["round"]))
+    elif point == "store":  # after COMMIT, before or while it sends the result
+        wrap(replica.Replica, "upload", lambda r, parts, *a: strike(r.round - 1) if "delta" in parts else None)
+    elif point == "applied":  # after APPLY, nothing sent
+        wrap(replica.Replica, "apply", after=lambda r, result, *a: strike(r.round - 1))
+    elif point == "give":
+        wrap(replica.Replica, "give", lambda r, *a: strike(r.round))
+    elif point == "step":
+        wrap(train.Site, "inner_step", lambda site, plan, b: strike(federated(plan)) if plan.done == 3 else None)
+    elif point == "local":
+        wrap(train.Site, "inner_step", lambda site, plan, b: strike(plan.round) if plan.mode == "local" and plan.done == 3 else None)
+    elif point == "download":
+        wrap(replica.Replica, "_download", lambda r, number, *a: strike(number))
+    elif point == "nan":  # the model's numbers leave the finite
+        wrap(train.Site, "inner_step", lambda site, plan, b: plan.done == 3 and once(federated(plan), round_)
+             and next(site.replica.model.parameters()).data.fill_(float("nan")))  # fmt: skip
+    elif point == "base":  # theta is not what it was
+        wrap(replica.Replica, "_outer_step", after=lambda r, result: once(r.round, round_) and r.theta[:1].add_(1.0))
+    elif point == "corrupt":  # a chunk arrives damaged
+
+        def damage(r, result, number, name, vector):
+            if once(number, round_):
+                vector[:1].add_(1.0)
+
+        wrap(replica.Replica, "_download", after=damage)
+    elif point == "digest":  # one member's average differs
+
+        def spoil(r, result, *a):
+            return "0" * 64 if once(r.round, round_) else result
+
+        wrap(replica.Replica, "average", after=spoil)
+    elif point == "lie":  # one member's average differs, and goes on differing
+
+        def lie(r, result, *a):
+            if r.round == round_ or not MARK.exists():
+                return "0" * 64 if once(r.round, round_) or r.round == round_ else result
+            return result
+
+        wrap(replica.Replica, "average", after=lie)
+    elif point == "announce":  # coordinator: journalled, not told
+        wrap(coordinator.Coordinator, "_tell", lambda c, a: strike(a.data["round"]) if a.kind == "commit" and a.data["attempt"] else None)
+    elif point == "attempted":  # coordinator: the attempt is told
+        wrap(coordinator.Coordinator, "_tell", after=lambda c, result, a: strike(a.data["round"]) if a.kind == "attempt" else None)
+    elif point == "voted":
+        wrap(coordinator.Coordinator, "_on_vote", lambda c, site, header, p: strike(header["round"]))
+    elif point == "training":
+        wrap(coordinator.Coordinator, "_on_progress", lambda c, site, header, p: strike(header["round"]))
+    elif point == "storing":
+        wrap(coordinator.Coordinator, "_stored", lambda c, header, p: strike(header["round"] - 1))
+    else:
+        assert point == "none", point
+
+
+if __name__ == "__main__":
+    pace_s, where, script, *argv = sys.argv[1:]
+    POINT, number, kind = (where.split(":") + ["0", "kill"][where.count(":") :])[:3] if where != "none" else ("none", "0", "kill")
+    CURRENT = {"round": -1}
+    name = next((a.removeprefix("site=") for a in argv if a.startswith("site=")), "coordinator")
+    MARK = Path(f"fault-{POINT}-{name}")
+    build(POINT, int(number), kind)
+    wrap(train.Site, "inner_step", lambda *a: time.sleep(float(pace_s)))
+    sys.argv = [script, *argv]
+    module = {"train.py": train, "coordinator.py": coordinator}[script]
+    if script == "train.py":
+        train.die_with_parent()
+    module.config.command(module.main)
