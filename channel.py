@@ -201,7 +201,7 @@ class Hub(Pump):
             zmq.EVENT_DISCONNECTED | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         )
         self._junk: set[str] = set()  # addresses of which junk was told
-        self._peer = "?"
+        self._peer = "an unknown address"
         try:
             self.port = (self.socket.bind_to_random_port(f"tcp://{host}") if port == 0
                          else (self.socket.bind(f"tcp://{host}:{port}"), port)[1])  # fmt: skip
@@ -306,7 +306,7 @@ class Hub(Pump):
         while self._monitor in ready and self._monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
             event = recv_monitor_message(self._monitor)
             if event["event"] == zmq.EVENT_ACCEPTED:
-                self._peer = peer_of(event["value"])
+                self._peer = peer_of(event["value"]) or self._peer
             elif event["event"] == zmq.EVENT_DISCONNECTED:
                 identity = self._connection.pop(event["value"], None)
                 for site in [s for s, i in self._identity.items() if i == identity]:
@@ -403,11 +403,11 @@ class AllowList:
         return z85 in self.sites
 
 
-def peer_of(fd: int) -> str:
-    """The address at the other end of an accepted connection, if it is still there."""
+def peer_of(fd: int) -> str | None:
+    """The address at the other end of an accepted connection; None if it has gone already."""
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
         return str(connection.getpeername()[0])
-    return "?"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ Only the control channel listens, at sync.host:sync.port, for holders of a key (
 """
 
 import contextlib
+import errno
 import fcntl
 import queue
 import shutil
@@ -44,6 +45,7 @@ from vault import Vault
 
 RUN_FILES = ("*.jsonl", "intervals.csv", "summary.json", "config.yaml", "address")
 INTERVALS_EVERY_S = 5.0
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 RUN_FOLDERS = ("state", "sites", "figures", "wandb", "logs")
 
 
@@ -617,8 +619,12 @@ def run_command(argv: list[str]) -> int:
     except Interrupted:
         c.interrupt()
         code = c.close()
-    except Unwritable as error:
+    except (Unwritable, OSError) as error:
         c.give_up()
+        if isinstance(error, OSError) and error.errno not in NO_SPACE:
+            raise
+        if isinstance(error, OSError):
+            error = f"{error.filename or c.dir}: {error.strerror}; free space, then the same command resumes"
         print(f"coordinator: {error}", file=sys.stderr, flush=True)
         return config.EXIT_FAILED
     except BaseException:

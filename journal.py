@@ -218,17 +218,18 @@ def stalls(records: list[dict]) -> list[tuple[int, float, float]]:
 def check_held(records: list[dict], held: dict[str, list[dict]]) -> list[tuple[bool, str]]:
     """The same for what the sites themselves say to have held. held: site -> lines of its held.jsonl."""
     run_id = records[0].get("wall", {}).get("run_id")
-    lines = {site: [x for x in mine if x["run_id"] == run_id] for site, mine in held.items()}
+    lines = {site: [x | {"site": site} for x in mine if x["run_id"] == run_id] for site, mine in held.items()}
     stored = {(r["round"], r["digest_theta"]) for r in records if r["type"] == "store"} | {(0, records[0]["digest"])}
     agreed = {(r["round"], r["digest"]) for r in records if r["type"] == "commit"}
     every = [x for mine in lines.values() for x in mine]
     fetched = all((x["round"], x["digest"]) in stored for x in every if x["how"] == "fetch")
     committed = all((x["round"] - 1, x["result"]) in agreed for x in every if x["how"] == "commit")
     bits: dict[tuple, set] = {}
-    for x in every:
-        if x["how"] == "commit":
-            bits.setdefault((x["round"], x["result"]), set()).add(x["digest"])
     last = {r["round"]: r["digest_theta"] for r in records if r["type"] == "store"}
+    named = {r["site"] for r in records if r["type"] == "fault" and r["kind"] == "wrong base"}  # found out, and mended
+    for x in every:
+        if x["how"] == "commit" and not (x["site"] in named and x["digest"] != last.get(x["round"])):
+            bits.setdefault((x["round"], x["result"]), set()).add(x["digest"])
     same = all(len(digests) == 1 for digests in bits.values()) and all(
         digests == {last[round_]} for (round_, result), digests in bits.items()
         if round_ in last and any((r["round"], r["digest"]) == (round_ - 1, result) for r in effective(records) if r["type"] == "commit")

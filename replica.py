@@ -6,20 +6,21 @@ from it. theta, m and the two buffers are flat fp32 CPU vectors (see sync.py); o
 rank 0 speaks to the coordinator and shares what it learns.
 """
 
-import json
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import sync
 from channel import ChannelError, Link
 from model import GPT, Shape
 from optim import Inner
+from report import Lines
 
 KEEP_INNER = 2
 TRIES = 3  # downloads of a state before we give up on it
@@ -36,6 +37,9 @@ class Replica:
         self.chunk_mb = cfg.sync.chunk_mb
         self.round = -1  # whose start state theta and m are; -1: none
         self.digest = ""
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.held = Lines(folder / "held.jsonl")
         self.mean_of = -1  # the round whose committed average `mean` still is
         self.model: GPT | None = None
         self.inner: Inner | None = None
@@ -199,10 +203,7 @@ class Replica:
     def _log(self, how: str, result: str = "") -> None:
         """One line for each state we come to hold: evidence for `coordinator.py check`."""
         if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            line = {"run_id": self.run_id, "round": self.round, "how": how, "digest": self.digest, "result": result}
-            with open(self.folder / "held.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            self.held.add({"run_id": self.run_id, "round": self.round, "how": how, "digest": self.digest, "result": result})
 
     @property
     def num_chunks(self) -> int:
@@ -237,7 +238,10 @@ class Replica:
         path = self._inner_file(self.round)
 
         def write():
-            sync.write_durably(path, lambda tmp: save_file(tensors, tmp, metadata=about))
+            try:
+                sync.write_durably(path, lambda tmp: save_file(tensors, tmp, metadata=about))
+            except (OSError, SafetensorError) as error:  # a resume would start it fresh: no reason to stop
+                print(f"{path}: {error}", file=sys.stderr, flush=True)
             for old in self._inner_files()[:-KEEP_INNER]:
                 old.unlink()
 

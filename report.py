@@ -4,8 +4,11 @@ Everything here is computed from the run's files (journal, intervals, SITE.jsonl
 computed again; wandb is a view of the same numbers.
 """
 
+import errno
 import json
 import math
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,12 +100,35 @@ def step_line(cfg, site: str, p: dict, run, predicted_end_s: float) -> str:
 # Logs
 
 
+class Lines:
+    """A file of JSON lines that only grows. A disk that is full does not stop the training: its lines wait for space."""
+
+    def __init__(self, path: Path):
+        self.path, self.waiting = path, []
+
+    def add(self, record: dict) -> None:
+        self.waiting.append(json.dumps(record) + "\n")
+        data = "".join(self.waiting).encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(data) < len(data):
+                    os.truncate(self.path, size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if len(self.waiting) == 1:
+                print(f"{self.path}: {error.strerror}; lines wait for space", file=sys.stderr, flush=True)
+            return
+        self.waiting.clear()
+
+
 class Panel:
     """SITE.jsonl and a wandb run of one site, or the coordinator's wandb run. Offline unless asked otherwise."""
 
     def __init__(self, cfg, run_id: str, name: str):
         self.cfg, self.name = cfg, name
         self.path = config.run_dir(cfg) / f"{name}.jsonl"
+        self.lines = Lines(self.path)
         self.wandb = None
         if cfg.wandb.mode != "disabled":
             import wandb
@@ -126,8 +152,7 @@ class Panel:
             tmp.replace(self.path)
 
     def step(self, record: dict, mode: str) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        self.lines.add(record)
         if self.wandb:
             self.wandb.log({
                 "tokens": record["tokens"], "hours": record["t_s"] / 3600, "emissions/kg": record["emissions_kg"],

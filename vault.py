@@ -7,6 +7,7 @@ step on its own copy, writes it, and compares digests with what the sites report
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 import config
 import sync
@@ -91,8 +92,9 @@ class Vault:
                  "config_digest": config.train_digest(self.cfg)}  # fmt: skip
         try:
             self.states.save(round_, self.theta, self.m, facts)
-        except OSError as error:
-            raise Unwritable(f"{self.states.folder}: {error.strerror}; free space, then the same command resumes") from None
+        except (OSError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise Unwritable(f"{self.states.folder}: {why}; free space, then the same command resumes") from None
         self.note(round_, "coordinator", self.digest, self.digest_m)
 
     def note(self, round_: int, who: str, theta: str, m: str) -> list[tuple[str, str]]:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -75,7 +74,6 @@ class Runner:
         self.folder, self.corpus, self.data_dir = folder, corpus, data_dir
         self.processes: list[subprocess.Popen] = []
         self.program: dict[str, list[str]] = {}  # log name -> what to run its python under
-        self.limits: dict[str, int] = {}  # script in argv -> bytes a file of its process may have
         self.env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
 
     def write(self, sites: dict[str, dict], windows: dict[str, list[float]] | None = None, step_s: int = 60, **changes) -> list[str]:
@@ -97,11 +95,9 @@ class Runner:
         name = log or f"{script}-{len(self.processes)}"
         out = open(self.folder / f"{name}.log", "w")
         program = ["-m", "torch.distributed.run"] if script == "torchrun" else [str(REPO / script)]
-        limit = next((self.limits[a] for a in (script, *argv) if a in self.limits), None)
         process = subprocess.Popen(
             [*self.program.get(log, []), sys.executable, *program, *argv], cwd=self.folder, env=self.env, stdout=out,
             stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
         )  # fmt: skip
         process.log = self.folder / f"{name}.log"
         self.processes.append(process)
