@@ -26,12 +26,14 @@ class Verdict:
 
 
 class Agreement:
-    """tokens: what each taking part has trained, joiners 0. star: always by way of the head node."""
+    """tokens: what each taking part has trained, joiners 0. star: always by way of the head node. before: the number of the
+    last attempt of a round of this number; numbers are never used again, so that nothing late can be taken for new."""
 
-    def __init__(self, tokens: dict[str, int], star: bool):
+    def __init__(self, tokens: dict[str, int], star: bool, before: int = 0):
         self.frozen = dict(tokens)  # everyone still able to take part in a new attempt
         self.always_star = star
-        self.number = 0
+        self.number = self.before = before
+        self.mute: dict[str, int] = {}  # site -> attempts over which it reported nothing at all
         self.gone: set[str] = set()
         self.torn = 0  # attempts that failed with all alive
         self.differed = 0  # attempts whose results differed
@@ -65,7 +67,7 @@ class Agreement:
         total = sum(tokens.values())
         if not total:
             return Verdict("void", reason="nobody who trained is left")
-        if self.number == MAX_ATTEMPTS:
+        if self.number - self.before == MAX_ATTEMPTS:
             return Verdict("void", reason=f"no agreement in {MAX_ATTEMPTS} attempts")
         self.number += 1
         self.tokens, self.weights = tokens, {s: n / total for s, n in tokens.items()}
@@ -111,10 +113,12 @@ class Agreement:
         return self.attempt()
 
     def expire(self) -> tuple[str, ...]:
-        """The attempt's time is over. Who holds nothing is treated as failed, or if others hold the result left out;
-        returns the latter."""
+        """The attempt's time is over. Who holds nothing is treated as failed, or left out if others hold the result, or if
+        it has been mute before; returns the latter."""
         late = [s for s in self.living if s not in self.votes]
         if any(s in self.votes for s in self.living):
             return tuple(late)
+        for site in set(late) - self.failed:
+            self.mute[site] = self.mute.get(site, 0) + 1
         self.failed |= set(late)
-        return ()
+        return tuple(s for s in late if self.mute.get(s, 0) >= 2)

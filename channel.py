@@ -494,6 +494,8 @@ class Link(Pump):
         """Say hello, with where we stand."""
         if time.monotonic() - self._greeted > 0.2:
             self._greeted = time.monotonic()
+            for box in list(self._replies.values()):  # what was asked before has no answer any more
+                box.put(({"error": "the connection to the coordinator was made anew"}, b""))
             self._send_now(pack(self.hello | {"status": self.status}))
 
     def _send_now(self, parts: list) -> None:
@@ -510,7 +512,9 @@ class Link(Pump):
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._greet()
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH or not self.welcomed:
-                self.inbox.put(({"type": "refused", "reason": f"the coordinator at {self.address} does not accept our key"}, b""))
+                sure = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH  # else a tunnel may be open whose far end is not
+                why = f"the coordinator at {self.address} does not accept our key" + ("" if sure else ", or is not there")
+                self.inbox.put(({"type": "refused", "reason": why, "sure": sure}, b""))
         if self._moved:
             with contextlib.suppress(zmq.ZMQError):
                 self.socket.disconnect(f"tcp://{self.address}")

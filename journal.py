@@ -203,8 +203,8 @@ def stalls(records: list[dict]) -> list[tuple[int, float, float]]:
     began, bound = None, 0.0
     for r in records:
         if r["type"] == "attempt" and "attempt_s" in r.get("wall", {}):
-            began = r["t_s"] if began is None or r["attempt"] == 1 else began
-            bound = (0.0 if r["attempt"] == 1 else bound) + 3 * r["wall"]["attempt_s"]
+            began, bound = (r["t_s"], 0.0) if began is None else (began, bound)
+            bound += 3 * r["wall"]["attempt_s"]
         elif r["type"] == "resume" and began is not None:
             began = r["t_s"]
         elif r["type"] == "commit" and began is not None:

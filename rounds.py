@@ -111,6 +111,7 @@ class Run:
         self.sender: str | None = None  # who sends the last of them
         self.rollback_at = INFINITY  # wall: give up on them then
         self.last: dict | None = None  # the last federated commit, for members that missed it
+        self.attempted: dict[int, int] = {}  # of the last rounds: the highest number of an attempt
         self.blown = 0  # rounds running in which nobody had finite numbers
         self.attempt_s = facts.attempt_s  # wall: follows the measured rate
         self.reason, self.code = "", 0
@@ -138,7 +139,7 @@ class Run:
             elif kind == "frozen":
                 frozen[number] = r
             elif kind == "attempt":
-                attempts[number] = r["attempt"]
+                attempts[number] = self.attempted[number] = r["attempt"]
             elif kind == "cancel":
                 opens.pop(number, None)
                 frozen.pop(number, None)
@@ -474,7 +475,7 @@ class Run:
             joiners = [s for s, site in self.schedule.sites.items() if site.state == "on" and s not in now.leases
                        and self.holds.get(s) == now.number and s not in self.leaving]  # fmt: skip
             tokens = {s: now.steps[s] * per_step for s in alive} | dict.fromkeys(joiners, 0)
-            now.agreement = Agreement(tokens, self.facts.star)
+            now.agreement = Agreement(tokens, self.facts.star, self.attempted.get(now.number, 0))
             self._attempt(t, now.agreement.attempt())
 
     def _nothing(self, t: float, alive: list[str]) -> None:
@@ -515,6 +516,7 @@ class Run:
             self._open_next(t)
             return
         self.phase, now.attempt_s = "reduce", t
+        self.attempted = {r: n for r, n in self.attempted.items() if r >= now.number - 2} | {now.number: a.number}
         topology = "star" if a.star else "ring"
         self._record(t, "attempt", round=now.number, attempt=a.number, members=a.members, tokens=a.tokens, weights=a.weights,
                      wire="fp32", topology=topology)  # fmt: skip

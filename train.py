@@ -154,7 +154,7 @@ class Site:
                     self.link, self.panel = link, report.Panel(cfg, header["run_id"], self.name)
                     return header["run_id"]
                 link.close()
-                if header["type"] == "refused" and not header.get("busy"):
+                if header["type"] == "refused" and not header.get("busy") and header.get("sure", True):
                     raise BadInput(f"site {self.name}: refused: {header['reason']}")
                 reason, busy = header.get("reason", reason), busy or bool(header.get("busy"))
                 if busy:  # our predecessor may have died without a word: it counts as gone after dead_s

@@ -479,6 +479,18 @@ class Bill:
                 out.append((b - a["unix"], 3 * a["wall"]["attempt_s"] + NOISE_S + self.down_s(a["unix"], b), r["round"]))
         return out
 
+    def gaps(self) -> list[tuple[float, int]]:
+        """(seconds before a commit in which nothing was committed though a coordinator and a site that is on were there, round)."""
+        out, on, before, idle_s = [], set(), 0.0, 0.0
+        for r in self.records:
+            idle_s += r["unix"] - before - self.down_s(before, r["unix"]) if on else 0.0
+            before = r["unix"]
+            if r["type"] == "site":
+                (on.add if r["to"] == "on" else on.discard)(r["site"])
+            elif r["type"] == "commit":
+                out, idle_s = [*out, (idle_s, r["round"])], 0.0
+        return out
+
     def lost_parts(self) -> list[tuple[str, int, int, bool]]:
         """(site, round, tokens, whether a fault of ours had struck it) of members whose round was committed without them. Tokens
         are an estimate: the rate of `open` until their first fault record in that round, at most what was leased."""
@@ -489,7 +501,8 @@ class Bill:
                 if not any(y > x for x, y in c["batches"].get(site, [])):
                     until = min(self.first(o["unix"], "fault", site=site) or c["unix"], o["unix"] + TRAIN_S)
                     leased = sum(y - x for x, y in o["leases"][site]) * PER_STEP
-                    ours = any(site in f.sites and f.unix <= c["unix"] and f.until + 2 * DEAD_S >= o["unix"] for f in self.trial.struck)
+                    ours = any((site in f.sites or f.kind == "kill_head") and f.unix <= c["unix"] and f.until + 2 * DEAD_S >= o["unix"]
+                               for f in self.trial.struck)  # fmt: skip
                     out.append((site, c["round"], int(min(leased, o["rates"][site] * (until - o["unix"]))), ours))
         return out
 
@@ -506,6 +519,8 @@ def account(trial: Trial, seed: int) -> dict:
     committed = sum(c["tokens"] for c in bill.commits)
     discarded = sum(r["tokens"] for r in bill.held if r["type"] in ("cancel", "rollback")) + sum(x[2] for x in lost)
     longest = max(stalls, default=(0.0, 0.0, -1))
+    attempts_s = [r["wall"]["attempt_s"] for r in bill.records if r["type"] == "attempt"]
+    round_s = TRAIN_S + TINY["rounds"]["grace_s"] + 3 * max(attempts_s, default=0.0) + NOISE_S  # as in timeouts.py
 
     check = subprocess.run([sys.executable, str(trial.folder / "code" / "coordinator.py"), "check", str(trial.dir)], text=True,
                            capture_output=True, cwd=trial.folder)  # fmt: skip
@@ -513,6 +528,7 @@ def account(trial: Trial, seed: int) -> dict:
     wrong = {name: [r for r in bill.records if r["type"] == "fault" and r["kind"] == name] for name in NEVER}
     own = {f"no fault record `{name}`": [json.dumps(r) for r in found[:1]] for name, found in wrong.items()} | {
         "every average within three attempts": [f"round {r}: {s:.1f} > {bound:.1f} s" for s, bound, r in stalls if s > bound],
+        "while a site is on there is a commit in time": [f"{s:.1f} s before round {r}'s" for s, r in bill.gaps() if s > round_s],
         "only who was struck lost its part of a round": [f"{site} in round {r}" for site, r, _, ours in lost if not ours],
         "no process failed by itself, and the run never hung": trial.findings,
     }  # fmt: skip

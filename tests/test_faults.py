@@ -573,7 +573,7 @@ def test_two_runs_on_one_machine_do_not_meet(runner):
     until(lambda: all((runner.folder / "runs" / run / "address").exists() for run in ("one", "two")), 30)
     shutil.copy(runner.folder / "runs" / "two" / "address", runner.folder / "one-meets-two")
     port = (runner.folder / "one-meets-two").read_text().strip().rpartition(":")[2]
-    stranger = runner.call("train.py", *day.argv, "run=one", "site=a", f"sync.port={port}", "rounds.rejoin_wait_s=40")
+    stranger = runner.call("train.py", *day.argv, "run=one", "site=a", f"sync.port={port}", "rounds.rejoin_wait_s=5")
     assert stranger.returncode == 2 and "does not accept our key" in stranger.stderr, "the key of another run"
     sites = [runner.start("train.py", *day.argv, f"run={run}", "site=a", log=f"a-{run}") for run in ("one", "two")]
     assert [p.wait(90) for p in (*heads, *sites)] == [0] * 4
