@@ -427,6 +427,7 @@ class Link(Pump):
         self.welcomed = False
         self._greeted = 0.0
         self._moved: str | None = None
+        self._lost_track = False
         self._heard = self._beat = time.monotonic()
         self._replies: dict[int, queue.SimpleQueue] = {}
         self._next_id = 0
@@ -466,6 +467,10 @@ class Link(Pump):
     def silent_s(self) -> float:
         """Seconds since the coordinator was last heard."""
         return time.monotonic() - self._heard
+
+    def greet(self) -> None:
+        """Say hello once more: what we are told does not fit where we stand."""
+        self._lost_track = True
 
     def move(self, address: str) -> None:
         """The coordinator listens elsewhere now."""
@@ -515,6 +520,9 @@ class Link(Pump):
                 sure = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH  # else a tunnel may be open whose far end is not
                 why = f"the coordinator at {self.address} does not accept our key" + ("" if sure else ", or is not there")
                 self.inbox.put(({"type": "refused", "reason": why, "sure": sure}, b""))
+        if self._lost_track and self.welcomed:
+            self._lost_track = False
+            self._greet()
         if self._moved:
             with contextlib.suppress(zmq.ZMQError):
                 self.socket.disconnect(f"tcp://{self.address}")

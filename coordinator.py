@@ -84,6 +84,7 @@ class Coordinator:
         self.panel = report.Panel(cfg, self.vault.run_id, "coordinator")
         self.predicted_end_s = self._predict()
         self.attempt_began = 0.0
+        self.fetch_id, self.fetches = 0, {}  # site -> its last fetch
         self._receiving: tuple[str, torch.Tensor] | None = None
 
     # -- set-up -------------------------------------------------------------------------------------------------------
@@ -400,18 +401,24 @@ class Coordinator:
             carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.t))
         elif action.kind == "rollback":
             self.owed_stores, self.result = {}, {}
+            self.vault.agreed.clear()
             self.owed_evals = {}
             for site in self.cfg.sites:
                 self.hub.send(site, {"type": "cancel"} | d)
         elif action.kind in ("cancel", "end"):
             for site in d.get("members", self.cfg.sites):
                 self.hub.send(site, header)
-        elif action.kind in ("lease", "drop", "evaluate", "resend", "give", "take"):
+        elif action.kind == "drop":
+            self.fetches.pop(action.site, None)
+            self.hub.send(action.site, header)
+        elif action.kind in ("lease", "evaluate", "resend", "give", "take"):
             self.hub.send(action.site, header)
 
     def _send_fetch(self, site: str, round_: int, own_disk: bool = False) -> None:
         digest = self.vault.digest if round_ == self.run.stored else None
-        self.hub.send(site, {"type": "fetch", "round": round_, "digest": digest, "numel": self.vault.numel,
+        self.fetch_id += 1
+        self.fetches[site] = self.fetch_id
+        self.hub.send(site, {"type": "fetch", "id": self.fetch_id, "round": round_, "digest": digest, "numel": self.vault.numel,
                              "own_disk": own_disk or self.cfg.sites[site].keep_disk, "rewind": self.run.round})  # fmt: skip
 
     def _signal(self, site: str, t0: float, t1: float) -> list[list[float]]:
@@ -492,6 +499,8 @@ class Coordinator:
         self.run.summed(header["attempt"], header["digest"])
 
     def _on_current(self, site: str, header: dict, payload) -> None:
+        if header["id"] != self.fetches.get(site):
+            return  # from before it was told to drop everything
         self.holds[site] = header["round"]
         self.run.current(self.t, site, header["round"])
 
@@ -502,7 +511,7 @@ class Coordinator:
 
     def _on_frozen(self, site: str, header: dict, payload) -> None:
         self.frozen_at[site] = time.monotonic()
-        if self.run.now and header["round"] == self.run.now.number:
+        if self.run.opened(header["round"], header["open_s"]):
             if not self.virtual and header["steps"]:
                 self.run.rates[site] = header["steps"] * self.cfg.data.tokens_per_step / max(header["train_s"], 1e-3)
             self.run.frozen(self.t, site, header["steps"], header["finite"], header["bad_step"])
@@ -521,7 +530,7 @@ class Coordinator:
             self.run.failed(self.t, site, header["attempt"], header["reason"])
 
     def _on_more(self, site: str, header: dict, payload) -> None:
-        if self.run.now and header["round"] == self.run.now.number:
+        if self.run.opened(header["round"], header["open_s"]):
             self.run.more(self.t, site, header["known"])
 
     def _on_eval(self, site: str, header: dict, payload) -> None:
@@ -544,8 +553,8 @@ class Coordinator:
         if header["name"] == "result":
             self._on_result(header, payload)
             return
-        new = header["round"] > self.run.stored + 1 if header["name"] in ("theta", "m") else False
-        if header["round"] == self.run.stored + 1 or new:
+        first, last = self.run.stored + 1, self.run.round  # a whole state may skip rounds, an average cannot
+        if first <= header["round"] <= (first if header["name"] == "delta" else last):
             try:
                 self._stored(header | {"site": site}, payload)
             except ValueError as error:

@@ -28,6 +28,7 @@ from ledger import Ledger, Ranges, count, split
 from scheduler import INFINITY, Move, Schedule
 
 URGENT = ("resend", "give", "take", "cancel", "drop", "rollback")
+ASKS = 3  # times a result is asked for before its sender counts as lost
 BLOWN = 2  # rounds running without one finite number: the run ends
 ROUND_OFF = 1e-6  # seconds; a step that ends this close to a deadline fits
 
@@ -110,6 +111,7 @@ class Run:
         self.unstored: list[dict] = []  # committed federated rounds whose result is not durable yet
         self.sender: str | None = None  # who sends the last of them
         self.rollback_at = INFINITY  # wall: give up on them then
+        self.store_by, self.asked = INFINITY, 0  # wall: when to ask for it again, and how often we have
         self.last: dict | None = None  # the last federated commit, for members that missed it
         self.attempted: dict[int, int] = {}  # of the last rounds: the highest number of an attempt
         self.blown = 0  # rounds running in which nobody had finite numbers
@@ -167,6 +169,8 @@ class Run:
             }  # fmt: skip
             self.phase = "freezing" if number in attempts else "train"
             self.now.freeze_s = t if number in attempts else INFINITY
+        busy = {p["site"] for p in self.pending} | set(self.now.members if self.now else [])
+        self.leaving = {s for s in busy if self.schedule.sites[s].state != "on"}
         if self.unstored:
             self.rollback_at = t + self.facts.dead_s
 
@@ -209,7 +213,7 @@ class Run:
         if self.phase == "reduce" and self.facts.timed and self._agreed():
             times.append(self.now.freeze_s + self.sync_s)
         if not self.facts.timed:
-            times.append(min(self.rollback_at, self._patience()))
+            times.append(min(self.rollback_at, self.store_by if self.unstored else INFINITY, self._patience()))
         if self.phase == "handover":
             times.append(self.handover_s)
         times.append(self.facts.end_s)
@@ -247,7 +251,8 @@ class Run:
         if now is None:
             return INFINITY
         if now.mode == "local":
-            return min(now.silent.values(), default=INFINITY) + self.facts.max_offline_s
+            since = min(now.silent.values(), default=INFINITY)
+            return min(since, now.freeze_s if self.phase == "freezing" else INFINITY) + self.facts.max_offline_s
         if self.phase == "freezing":
             return now.freeze_s + self.facts.grace_s
         return now.attempt_s + self.attempt_s if self.phase == "reduce" and now.agreement.result is None else INFINITY
@@ -255,12 +260,16 @@ class Run:
     def _lose_patience(self, t: float) -> None:
         if t >= self.rollback_at:
             self._roll_back(t)
+        elif self.unstored and self.rollback_at == INFINITY and (t >= self.store_by or self.holds.get(self.sender) != self.round):
+            if self.asked >= ASKS and self.sender:
+                self._out(t, self.sender, f"did not send the result of round {self.round - 1} when asked {ASKS} times")
+            else:
+                self._ask_store(t)  # its sender has come to hold something else, or does not deliver
         if t < self._patience():
             return
         now = self.now
         if now.mode == "local":
-            for site in list(now.silent):
-                self._out(t, site, f"silent for rounds.max_offline_s={self.facts.max_offline_s:g} s")
+            self._out(t, now.members[0], f"no word for rounds.max_offline_s={self.facts.max_offline_s:g} s")
         elif self.phase == "freezing":
             for site in [s for s in now.members if s not in now.steps and s not in now.gone]:
                 self._leave_out(t, site, "late", f"not frozen within rounds.grace_s={self.facts.grace_s:g} s")
@@ -269,7 +278,9 @@ class Run:
             self._attempt_over(t)
 
     def provisioned(self, t: float, site: str) -> None:
-        """Wall: the machine of a site is there; it now needs the state."""
+        """Wall: the machine of a site is there; it now needs the state. (Not while it still has a part in a round.)"""
+        if site in self.leaving:
+            return
         self._moves(t, self.schedule.provisioned(t, site))
         self._set_power(t)
 
@@ -647,6 +658,7 @@ class Run:
         self._record(t, "commit", round=now.number, tokens=tokens, batches=batches, digest=a.result)
         staying = [s for s in living if s not in self.leaving]
         self.sender = None if a.at_head else (staying or living)[0]
+        self.store_by, self.asked = t + self.attempt_s, 0
         self._actions.append(Action("commit", None, {
             "round": now.number, "members": living, "digest": a.result, "sender": self.sender,
             "evaluate": self._evaluator(now.number, (staying or living)[0]), "attempt": a.number,
@@ -662,10 +674,12 @@ class Run:
 
     def store_done(self, t: float, number: int, digest_theta: str, digest_m: str) -> None:
         """theta_number and m_number are durable at the coordinator. Commits the local round that made them."""
-        if number <= self.stored:
+        if number <= self.stored or number > self.round:
             return
-        self.stored, self.rollback_at = number, INFINITY
+        self.stored, self.rollback_at, sender = number, INFINITY, self.sender
         self.unstored = [c for c in self.unstored if c["round"] >= number]
+        if sender and not self.facts.timed and not (self.now and sender in self.now.members):
+            self._let_go(sender)  # it only waited for this
         while self.pending and self.pending[0]["round"] < number:
             done = self.pending.pop(0)
             self.ledger.commit(done["batches"])
@@ -699,8 +713,10 @@ class Run:
     def _ask_store(self, t: float) -> None:
         """A committed result is not durable and its sender is lost: another holder sends it, or the round is lost."""
         holders = [s for s in self.schedule.sites if self.holds.get(s) == self.round]
+        self.store_by, self.asked = t + self.attempt_s, self.asked + 1
         if holders:
-            self.sender, self.rollback_at = holders[0], INFINITY
+            others = [s for s in holders if s != self.sender]
+            self.sender, self.rollback_at = (others or holders)[0], INFINITY
             self._actions.append(Action("resend", self.sender, {"round": self.round}))
         elif self.facts.timed:
             self._roll_back(t)
@@ -833,7 +849,7 @@ class Run:
             self._end_when_stored(t)
 
     def back(self, t: float, site: str, status: dict) -> None:
-        """Wall: a process of before is heard again, by us or by the coordinator we follow. status: `held` round, `round`,
+        """Wall: a process of before is heard again, by us or by the coordinator we follow. status: `held` round, `round`, `open_s`,
         `phase` (idle | train | frozen), `steps`, `finite`, `attempt`, `vote`, `unstored` (local round -> its steps)."""
         now, held = self.now, status["held"]
         self.present(site)
@@ -854,18 +870,29 @@ class Run:
             now.silent.pop(site, None)
             self.holds[site] = held
             a = now.agreement
-            if status["round"] != held and self.phase == "train":  # it never heard of this round
+            same = self.opened(status["round"], status["open_s"])
+            if not same and status["round"] >= 0:
+                self._actions.append(Action("cancel", None, {"round": status["round"], "members": [site], "reason": "opened anew"}))
+            if not same and self.phase == "train" and site not in now.steps:  # it never heard of this round
                 self._actions.append(Action("open", None, now.told | {"members": [site]}))
-            elif a is None and status["round"] != held:
+            elif a is None and not same:
                 self.frozen(t, site, 0)
             elif a is None and status["phase"] == "frozen":
                 self.frozen(t, site, status["steps"], status["finite"], status["steps"] + 1)
+            elif a and a.frozen.get(site) and not (same and status["phase"] == "frozen"):
+                self._leave_out(t, site, "void", "it no longer holds what it had frozen")
+                self._after_loss(t)
             elif a and status["vote"] and status["attempt"] == a.number:
                 self.voted(t, site, a.number, status["vote"])
             elif self.phase == "freezing":
                 self._actions.append(Action("freeze", None, {"round": now.number, "members": [site], "steps": None}))
-        elif held == self.round and self.schedule.sites[site].state == "on":
-            self.holds[site] = held
+        elif now and site in now.members and site not in now.gone:
+            self._leave_out(t, site, "void", "it came back without its part")
+            self._after_loss(t)
+        elif held == self.round and self.schedule.sites[site].state in ("starting", "on"):
+            if status["round"] >= 0:
+                self._actions.append(Action("cancel", None, {"round": status["round"], "members": [site], "reason": "void"}))
+            self.current(t, site, held)
         elif held >= 0:
             self.holds.pop(site, None)
             self._actions.append(Action("cancel", None, {"round": status["round"], "members": [site], "reason": "the run has moved on"}))
@@ -877,6 +904,10 @@ class Run:
             self._open_next(t)
         self._set_power(t)
 
+    def opened(self, number: int, open_s: float) -> bool:
+        """Is this the round that is open now, and not an earlier opening of the same number?"""
+        return self.now is not None and number == self.now.number and abs(open_s - self.now.open_s) < 1e-5
+
     def _cancel(self, t: float, reason: str) -> None:
         now = self.now
         for ranges in now.leases.values():
@@ -886,7 +917,8 @@ class Run:
             trained.setdefault(site, min(count(now.leases[site]), int(max(0.0, t - now.open_s) / self._step_s(site))))
         tokens = sum(trained.values()) * self.facts.tokens_per_step
         self._record(t, "cancel", round=now.number, reason=reason, tokens=tokens)
-        self._actions.append(Action("cancel", None, {"round": now.number, "members": now.members, "reason": reason}))
+        involved = now.members + [s for s in (now.agreement.frozen if now.agreement else ()) if s not in now.members]
+        self._actions.append(Action("cancel", None, {"round": now.number, "members": involved, "reason": reason}))
         self._release(t)
         self.now = None
 
@@ -938,11 +970,16 @@ class Run:
     def _release(self, t: float) -> None:
         """The round is over for those who were only waiting for its end."""
         for site in [s for s in self.schedule.sites if s in self.leaving]:
-            if site in [p["site"] for p in self.pending]:
+            if site in [p["site"] for p in self.pending] or (not self.facts.timed and self.unstored and site == self.sender):
                 continue
+            self._let_go(site)
+
+    def _let_go(self, site: str) -> None:
+        if site in self.leaving:
             self.leaving.discard(site)
             self._touched.add(site)
-            self._drop(site)
+            if self.facts.timed or self.schedule.sites[site].state == "off":  # else its next window has begun meanwhile
+                self._drop(site)
 
     def _drop(self, site: str) -> None:
         self.holds.pop(site, None)

@@ -120,7 +120,8 @@ class Site:
         self.link: Link | None = None
         self.leaving_since = 0.0  # monotonic; 0: nobody asked us to go
         self.looked = 0.0  # monotonic: when we last looked whether the coordinator has moved
-        self.status = {"held": -1, "round": -1, "phase": "idle", "steps": 0, "finite": True, "attempt": 0, "vote": "", "unstored": {}}
+        self.status = {"held": -1, "round": -1, "open_s": 0.0, "phase": "idle", "steps": 0, "finite": True, "attempt": 0, "vote": "",
+                       "unstored": {}}  # fmt: skip
         self.panel: report.Panel | None = None
         if self.ranks > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
@@ -272,6 +273,8 @@ class Site:
                 self.note(round=-1, phase="idle", vote="", unstored={})
             elif c["type"] == "evaluate" or (c["type"] == "commit" and c["eval"] and c["round"] + 1 == held):
                 self.evaluate(c)
+            elif c["type"] in ("open", "freeze", "attempt") and self.rank == 0:  # not of the state we hold
+                self.link.greet()
             else:
                 self._common(c)
 
@@ -299,7 +302,7 @@ class Site:
             if kept:
                 print(f"{self.name:15} | inner optimizer state of round {c['round']} found on own disk", flush=True)
         self.note(round=-1, phase="idle", vote="", unstored={})
-        self.tell(type="current", round=c["round"])
+        self.tell(type="current", id=c["id"], round=c["round"])
 
     def _plan(self, c: dict) -> Plan:
         if self.cfg.rounds.inner_state == "reset":
@@ -309,7 +312,7 @@ class Site:
         ratio = sum(c["rates"].values()) / c["rates"][self.name] if together else 1.0
         splits = len(c["rates"]) if self.cfg.rounds.split_steps else 1
         batches = [b for first, last in c["leases"] for b in range(first, last)]
-        self.note(round=c["round"], phase="train", steps=0, finite=True, vote="")
+        self.note(round=c["round"], open_s=c["open_s"], phase="train", steps=0, finite=True, vote="")
         return Plan(c["round"], c["mode"], batches, c["committed_tokens"], ratio, splits, c["open_s"], c["train_for_s"],
                     c["energy_kwh"], c["emissions_kg"], c["signal"], started=time.monotonic())  # fmt: skip
 
@@ -325,7 +328,7 @@ class Site:
         late = self._agree_on(time.monotonic() - plan.started >= plan.train_for_s)
         if not plan.stop and not late and plan.done == len(plan.batches):
             while plan.done == len(plan.batches) and not plan.stop:
-                self.tell(type="more", round=plan.round, known=len(plan.batches))
+                self.tell(type="more", round=plan.round, open_s=plan.open_s, known=len(plan.batches))
                 if c := self.command(1.0):
                     self._in_round(plan, c)
         return not plan.stop and not late
@@ -424,7 +427,8 @@ class Site:
             self.replica.restore()
             self.replica.new_inner()
         self.note(phase="frozen", steps=plan.done, finite=plan.finite)
-        self.tell(type="frozen", round=plan.round, steps=plan.done, finite=plan.finite, bad_step=bad_step, train_s=train_s)
+        self.tell(type="frozen", round=plan.round, open_s=plan.open_s, steps=plan.done, finite=plan.finite, bad_step=bad_step,
+                  train_s=train_s)  # fmt: skip
         self.frozen_at, self.excused_s = time.monotonic(), 0.0
         if plan.mode == "local":
             self.frozen_at = 0.0  # nobody to wait for: not a sync
@@ -435,7 +439,7 @@ class Site:
 
     def agree(self, plan: Plan, attempt: dict | None = None) -> None:
         """From FREEZE to COMMIT or CANCEL: average the pseudo-gradients, vote, apply what was committed."""
-        self.note(round=plan.round, phase="frozen", steps=plan.done, vote="")
+        self.note(round=plan.round, open_s=plan.open_s, phase="frozen", steps=plan.done, vote="")
         while True:
             c, attempt = attempt or self.command(), None
             ours = c.get("round") == plan.round
@@ -464,6 +468,10 @@ class Site:
     def _reduce_and_vote(self, plan: Plan, c: dict) -> None:
         interface, round_, number, group = self.cfg.sync.interface, c["round"], c["attempt"], None
         self.note(attempt=number, vote="")
+        if c["weight"] and not plan.done:  # the average counts on a delta that we do not have: never put nothing in its place
+            self.tell(type="failed", round=round_, attempt=number, reason="nothing is frozen here")
+            self.link.greet()
+            return
         try:
             if len(c["members"]) == 1:  # the others are gone: our own delta is the result
                 reduce_chunk = sync.alone
