@@ -167,7 +167,7 @@ class Coordinator:
             gap_s = now_s - max((r.end_s for r in rows), default=0.0)
             alive = gap_s <= self.cfg.rounds.max_offline_s  # sites give up after that: they were off since
             run.meter = carbon.Meter(list(self.cfg.sites), rows, keep_last=alive)
-        run.restore(now_s, held, start)
+        run.restore(now_s, self.journal.records, start)
         self.journal.add([{"t_s": round(now_s, 6), "type": "resume", "round": start}])
         self.journal.flush()
         for lost in run.unstored:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 from agreement import Agreement, Verdict
 from carbon import Meter
+from journal import effective
 from ledger import Ledger, Ranges, count, split
 from scheduler import INFINITY, Move, Schedule
 
@@ -123,13 +124,15 @@ class Run:
         self._actions: list[Action] = []
 
     def restore(self, t: float, records: list[dict], stored: int) -> None:
-        """Wall: continue where a journal ends. records: the effective ones; stored: the round whose start state the head
-        node holds. Sites are taken to be where they were, until they are heard (`back`) or count as lost."""
+        """Wall: continue where a journal ends. records: all of it; stored: the round whose start state the head node holds.
+        Sites are taken to be where they were, until they are heard (`back`) or count as lost."""
         opens: dict[int, dict] = {}
         frozen: dict[int, dict] = {}
         attempts: dict[int, int] = {}
         self.stored = self.round = stored
-        for r in records:
+        for r in (r for r in records if r["type"] == "attempt"):  # those that were taken back, too: no number is used twice
+            self.attempted[r["round"]] = max(r["attempt"], self.attempted.get(r["round"], 0))
+        for r in effective(records):
             kind, number = r["type"], r.get("round")
             if kind == "site":
                 self.schedule.restore(r["t_s"], r["site"], r["from"], r["to"])
@@ -141,7 +144,7 @@ class Run:
             elif kind == "frozen":
                 frozen[number] = r
             elif kind == "attempt":
-                attempts[number] = self.attempted[number] = r["attempt"]
+                attempts[number] = r["attempt"]
             elif kind == "cancel":
                 opens.pop(number, None)
                 frozen.pop(number, None)

@@ -6,12 +6,15 @@ theta_r and what was averaged, so "same bits" is "same name".
 """
 
 import hashlib
+import json
+import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import make_run
 
-from journal import check, effective
+from journal import check
 from ledger import count
 
 BUDGET = 24
@@ -94,6 +97,9 @@ class Site:
                 self.freeze()
         elif kind == "freeze" and busy and ours:
             self.freeze()
+        elif kind == "attempt" and not busy and d["round"] == self.held and d["weights"][self.name] and not self.steps:
+            self.say("failed", d["round"], d["attempt"])  # nothing is frozen here
+            self.say("hello")
         elif kind == "attempt" and not busy and d["round"] == self.held:
             if self.phase == "idle":  # a joiner
                 self.round, self.phase, self.mode = d["round"], "frozen", "federated"
@@ -156,7 +162,7 @@ class World:
         self.run.attempt_s = 6.0
         self.processes = dict.fromkeys(self.names)
         if len(self.journal) > 1:
-            self.run.restore(self.t, effective(self.journal), max(self.stored))
+            self.run.restore(self.t, self.journal, max(self.stored))
             self.unheard = {n for n, s in self.run.schedule.sites.items() if s.state != "off"}
         for name in self.names:
             self.run.observe(self.t, name, self.signal[name])
@@ -168,7 +174,7 @@ class World:
     def settle(self, dies: bool = False):
         """What was decided is journalled, then told; `dies`: killed in between, and started again."""
         records, actions = self.run.take()
-        self.journal += [{"n": len(self.journal) + i} | r for i, r in enumerate(records)]
+        self.journal += json.loads(json.dumps([{"n": len(self.journal) + i} | r for i, r in enumerate(records)]))
         self.committed |= {(r["round"], r["digest"]) for r in records if r["type"] == "commit"}
         for r in records:
             if r["type"] == "commit":
@@ -292,6 +298,8 @@ class World:
         if complete and (orderly or choice % 3):
             thetas = {theta for s, (theta, _) in parts.items() if s.name in members}
             assert len(thetas) == 1, "members average from different starts"
+            told = next(r["tokens"] for r in reversed(self.journal) if r["type"] == "attempt" and (r["round"], r["attempt"]) == key)
+            assert told == {s.name: 10 * n for s, (_, n) in parts.items() if s.name in members}, "a weight for what is not there"
             site.mean = site.vote = name_of(key, sorted((s.name, n) for s, (_, n) in parts.items()))
             if not orderly and choice % 29 == 1:
                 site.mean = site.vote = "wrong"  # as a broken machine would have it
@@ -386,7 +394,17 @@ def play(data: bytes, sites: int, off_delay_s: float) -> World:
 @settings(max_examples=10_000, deadline=None, database=None)
 @given(st.binary(min_size=40, max_size=240), st.integers(2, 3), st.sampled_from([0.0, 2.0]))
 def test_whatever_fails_and_whenever_all_hold_one_model_and_the_whole_budget_is_committed_once(data, sites, off_delay_s):
-    world = play(data, sites, off_delay_s)
+    all_is_well(play(data, sites, off_delay_s))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_same_in_long_wild_days(seed):
+    rng = random.Random(seed)
+    for _ in range(500):
+        all_is_well(play(rng.randbytes(rng.choice([150, 400, 900])), rng.choice([2, 3]), rng.choice([0.0, 2.0])))
+
+
+def all_is_well(world: World) -> None:
     if world.run.code == 2:  # nobody had finite numbers, twice running
         assert "non-finite" in world.run.reason
         return
