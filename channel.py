@@ -436,7 +436,9 @@ class Link(Pump):
         self.socket.curve_publickey, self.socket.curve_secretkey = read_key(keys, site, secret=True)
         self.socket.curve_serverkey, _ = read_key(keys, "coordinator", secret=False)
         self._monitor = self.socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
             | zmq.EVENT_HANDSHAKE_SUCCEEDED
         )
         self.socket.connect(f"tcp://{address}")

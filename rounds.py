@@ -791,8 +791,12 @@ class Run:
             if not self.facts.timed and not self.schedule.sites[site].absent:  # virtual: missed when its next window comes
                 self.absent(t, site, why)
             return
-        if not sure and member and not self.facts.timed and self.phase in ("train", "freezing") and (
-            self.phase == "train" or now.mode == "local"
+        if (
+            not sure
+            and member
+            and not self.facts.timed
+            and self.phase in ("train", "freezing")
+            and (self.phase == "train" or now.mode == "local")
         ):
             if site not in now.silent:
                 now.silent[site] = t
