@@ -153,11 +153,20 @@ class Runner:
 
 
 @pytest.fixture
-def runner(tmp_path, corpus, tmp_path_factory):
-    data_dir = corpus.parent / "tokens"
-    r = Runner(tmp_path, corpus, data_dir)
+def runner(tmp_path, corpus):
+    r = Runner(tmp_path, corpus, corpus.parent / "tokens")
     yield r
     r.stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failed run shows the end of every log and of the journal."""
+    report = yield
+    if report.failed and (r := item.funcargs.get("runner")):
+        for path in [*sorted(r.folder.glob("*.log")), *r.folder.glob("runs/*/journal.jsonl")]:
+            report.sections.append((path.name, path.read_text()[-3000:]))
+    return report
 
 
 def processes_in(folder: Path) -> list[str]:

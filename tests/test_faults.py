@@ -448,7 +448,7 @@ def wired(runner):
 @pytest.mark.parametrize("seconds", [1, 10])
 def test_a_site_cut_from_the_coordinator_cannot_commit_alone_and_heals(wired, moment, seconds):
     long = {"rounds_": {"max_steps": None, "train_s": 3}} if moment == "train" else {}
-    day, wire = wired(rounds=30 if moment == "train" else 60, **long)
+    day, wire = wired(rounds=120 if moment == "train" else 60, **long)
     day.after(1)
     if moment == "reduce":
         seen = len(day.journal("attempt"))
@@ -465,7 +465,8 @@ def test_a_site_cut_from_the_coordinator_cannot_commit_alone_and_heals(wired, mo
         assert not {k for _, k in kinds} & {"silent", "lost"}, "shorter than dead_s: nothing happened"
     else:
         assert kinds and during[-1]["n"] > day.faults()[0]["n"], "the others went on meanwhile"
-    assert day.contributions("c")[max(day.contributions("c"))] > 0, "it is back at the end"
+    parts = day.contributions("c")
+    assert any(parts[r] for r in sorted(parts)[-3:]), "it is back at the end"
 
 
 def test_a_broken_connection_is_made_again_and_nothing_is_lost(wired):
