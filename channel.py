@@ -552,14 +552,15 @@ class ChannelStore(dist.Store):
         self.link.request({"type": "set", "key": f"{self.prefix}/{key}"}, data, self.timeout_s)
 
     def get(self, key: str) -> bytes:
-        return self._get([key], self.timeout_s)[0]
+        return self._get([key])[0]
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        self._get(keys, timeout.total_seconds() if timeout else self.timeout_s)
+        self._get(keys)  # our own time-out: gloo's is that of one connection
 
-    def _get(self, keys: list[str], timeout_s: float) -> list[bytes]:
+    def _get(self, keys: list[str]) -> list[bytes]:
         wanted = [f"{self.prefix}/{key}" for key in keys]
-        header, payload = self.link.request({"type": "get", "keys": wanted, "timeout_s": timeout_s}, timeout_s=timeout_s + 1)
+        get = {"type": "get", "keys": wanted, "timeout_s": self.timeout_s}
+        header, payload = self.link.request(get, timeout_s=self.timeout_s + 1)
         out, at = [], 0
         for size in header["sizes"]:
             out.append(bytes(payload[at : at + size]))

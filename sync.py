@@ -85,16 +85,19 @@ def average(theta: Tensor, theta_i: Tensor | None, weight: float, reduce_chunk, 
 
 
 def ring_group(store: dist.Store, rank: int, size: int, interface: str, timeout_s: float):
-    """A fresh gloo group of the members of one attempt, bound to one network interface."""
+    """A fresh gloo group of the members of one attempt, bound to one network interface, or RuntimeError after `timeout_s`."""
     options = dist.ProcessGroupGloo._Options()
-    options._timeout = timedelta(seconds=timeout_s)
+    options._timeout = timedelta(seconds=timeout_s / 5)  # gloo waits five time-outs for each connection (measured)
     options._devices = [dist.ProcessGroupGloo.create_device(interface=interface)]
     return dist.ProcessGroupGloo(store, rank, size, options)
 
 
-def ring_reduce(group):
+def ring_reduce(group, timeout_s: float):
+    options = dist.AllreduceOptions()
+    options.reduceOp, options.timeout = dist.ReduceOp.SUM, timedelta(seconds=timeout_s)
+
     def reduce_chunk(index: int, part: Tensor) -> None:
-        group.allreduce([part]).wait()
+        group.allreduce([part], options).wait()
 
     return reduce_chunk
 

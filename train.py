@@ -480,7 +480,7 @@ class Site:
             else:
                 store = ChannelStore(self.link, f"{round_}/{number}", c["chunk_s"])
                 group = sync.ring_group(store, c["rank"], len(c["members"]), interface, c["chunk_s"])
-                reduce_chunk = sync.ring_reduce(group)
+                reduce_chunk = sync.ring_reduce(group, c["chunk_s"])
             digest = self.replica.average(c["weight"], reduce_chunk, stepped=plan.done > 0)
         except (RuntimeError, ChannelError) as error:
             reduce_chunk = group = None  # closes its sockets: the other survivors stop waiting, too

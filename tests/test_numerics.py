@@ -117,7 +117,7 @@ def test_gloo_gives_all_members_the_same_bits_and_leaves_theta_alone():
         group = sync.ring_group(store, rank, 3, "lo", 20.0)
         end = theta + torch.randn(10_000, generator=torch.Generator().manual_seed(rank + 1))
         out = torch.empty(10_000)
-        results[rank] = (sync.average(theta, end, 1 / 3, sync.ring_reduce(group), 1, out), out)
+        results[rank] = (sync.average(theta, end, 1 / 3, sync.ring_reduce(group, 20.0), 1, out), out)
 
     threads = [threading.Thread(target=member, args=(r,)) for r in range(3)]
     for t in threads:
