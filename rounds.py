@@ -85,6 +85,7 @@ class Round:
     end_s: float  # planned freeze
     leases: dict[str, Ranges]
     steps: dict[str, int] = field(default_factory=dict)  # frozen members
+    still_s: float = -INFINITY  # when the latest of them froze
     freeze_s: float = INFINITY
     silent: dict[str, float] = field(default_factory=dict)  # wall: members that cannot be heard -> since when
     gone: set[str] = field(default_factory=set)  # dead or left out; nothing of theirs is waited for
@@ -258,6 +259,8 @@ class Run:
             return min(since, now.freeze_s if self.phase == "freezing" else INFINITY) + self.facts.max_offline_s
         if self.phase == "freezing":
             return now.freeze_s + self.facts.grace_s
+        if self.phase == "train" and now.silent and all(s in now.steps for s in now.members if s not in now.gone | now.silent.keys()):
+            return max(now.still_s, *now.silent.values()) + self.facts.grace_s  # nobody who can be heard has anything left to do
         return now.attempt_s + self.attempt_s if self.phase == "reduce" and now.agreement.result is None else INFINITY
 
     def _lose_patience(self, t: float) -> None:
@@ -277,6 +280,8 @@ class Run:
             for site in [s for s in now.members if s not in now.steps and s not in now.gone]:
                 self._leave_out(t, site, "late", f"not frozen within rounds.grace_s={self.facts.grace_s:g} s")
             self._when_frozen(t)
+        elif self.phase == "train":
+            self._freeze(t)
         else:
             self._attempt_over(t)
 
@@ -467,7 +472,7 @@ class Run:
         if not finite:
             self._fault(t, site, "non-finite loss", f"its part of round {now.number} is left out", step=bad_step)
             now.non_finite, steps = (site, bad_step), 0
-        now.steps[site] = min(steps, count(now.leases[site]))
+        now.steps[site], now.still_s = min(steps, count(now.leases[site])), t
         idle_from = now.open_s + steps * self._step_s(site) if self.facts.timed else t
         self.meter.set(min(idle_from, t), site, "waiting")
         self._when_frozen(t)

@@ -96,8 +96,8 @@ def make_plan(seed: int, number: int, sites: list[str]) -> list[Fault]:
     return plan
 
 
-def write_inputs(folder: Path, sites: list[str], rounds: int) -> None:
-    """Corpus, trace, config, and a copy of the code: an edit meanwhile does not mix versions."""
+def write_inputs(folder: Path, sites: list[str], rounds: int, windowed: str = WINDOWED, **changes) -> None:
+    """Corpus, trace, config (`changes` on top), and a copy of the code: an edit meanwhile does not mix versions."""
     (folder / "corpus").mkdir()
     (folder / "code").mkdir()
     rng = random.Random(0)
@@ -107,11 +107,11 @@ def write_inputs(folder: Path, sites: list[str], rounds: int) -> None:
         (folder / "corpus" / f"{i:04d}.txt").write_text(text + ".\n")
     first, lines = datetime.fromisoformat(START), ["time," + ",".join(sites)]
     for i in range(600):  # 5 s each; c: 30 s clean, 15 s dirty
-        values = [500 if s == WINDOWED and i % 9 >= 6 else 20 for s in sites]
+        values = [500 if s == windowed and i % 9 >= 6 else 20 for s in sites]
         lines.append(",".join([(first + timedelta(seconds=5 * i)).strftime("%Y-%m-%dT%H:%M:%SZ"), *map(str, values)]))
     (folder / "trace.csv").write_text("\n".join(lines) + "\n")
     more = {"budget": {"tokens": PER_STEP * STEPS * len(sites) * rounds}, "sites": {s: SITE | {"region": s} for s in sites}}
-    OmegaConf.save(OmegaConf.merge(TINY, more), folder / "config.yaml")
+    OmegaConf.save(OmegaConf.merge(TINY, more, changes), folder / "config.yaml")
     for file in REPO.glob("*.py"):
         shutil.copy(file, folder / "code")
 
