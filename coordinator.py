@@ -39,7 +39,7 @@ from channel import Hub, make_keys
 from config import BadInput
 from data import Corpus
 from journal import Journal, Replay, Unwritable, check, check_held, effective, read
-from model import Shape, shape_of
+from model import GPT, Shape, num_params, shape_of
 from rounds import Action, Run
 from vault import Vault
 
@@ -62,6 +62,10 @@ class Coordinator:
             shape = shape_of(cfg.model, self.corpus.vocab)
         except ValueError as error:
             raise BadInput(str(error)) from None
+        with torch.device("meta"):
+            self.payload_bytes = 4 * num_params(GPT(shape))
+        self.bytes_per_s = timeouts.FIRST_GUESS
+        self.timeouts = timeouts.derive(cfg, self.payload_bytes)
         self._lock_folder()
         at_start = self._open_folder()
         self.journal = Journal(self.dir / "journal.jsonl")
@@ -78,8 +82,6 @@ class Coordinator:
         self.frozen_at: dict[str, float] = {}  # site -> monotonic time of its last freeze
         self.replay: Replay | None = None  # decisions to repeat before going live (virtual resume)
         (self._genesis if at_start else lambda shape: self._restore())(shape)
-        self.payload_bytes, self.bytes_per_s = 4 * self.vault.numel, timeouts.FIRST_GUESS
-        self.timeouts = timeouts.derive(cfg, self.payload_bytes)
         self.run.attempt_s = self.timeouts.attempt_s
         self.panel = report.Panel(cfg, self.vault.run_id, "coordinator")
         self.predicted_end_s = self._predict()
@@ -308,6 +310,8 @@ class Coordinator:
         for site in self.cfg.sites:
             if self.hub.connected(site) and self.hub.silent_s(site) > self.cfg.sync.dead_s:
                 self._lost(site, f"has not been heard for {self.cfg.sync.dead_s:g} s")
+            elif not self.virtual and self.hub.closed(site):
+                self.run.hurry_store(self.t, site)
 
     def _lost(self, site: str, why: str, sure: bool = False) -> None:
         """A site's process is gone, or as good as gone; whoever waits for it is told."""
@@ -336,8 +340,9 @@ class Coordinator:
                     run.provisioned(self.t, name)
             run.advance(self.t)
             self._carry_out()
-            due = min(run.next_time(), self.samples.next_time())
-            self._receive(min(0.2, max(0.001, due - self.t)))
+            due = min(run.next_time(), self.samples.next_time()) - self.t
+            dead = min((self.cfg.sync.dead_s - self.hub.silent_s(s) for s in self.cfg.sites if self.hub.connected(s)), default=1.0)
+            self._receive(min(0.2, max(0.001, min(due, dead))))
             self._check_alive()
             self._carry_out()
             if self.unheard and time.monotonic() > heard_by:
@@ -353,6 +358,8 @@ class Coordinator:
         records, actions = self.run.take()
         for record in records:
             if record["type"] == "attempt":
+                if self.run.now and self.run.now.agreement.torn:  # with all alive: perhaps it only needs longer
+                    self._measured(0.5 * self.bytes_per_s)
                 record["wall"] = {"attempt_s": round(self.timeouts.attempt_s, 3)}
             if record["type"] == "open":
                 record["wall"] = {"incarnations": {s: self.incarnations[s] for s in record["members"]}}
@@ -400,9 +407,8 @@ class Coordinator:
                     self._stored(whole, sync.raw(result))
             carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.t))
         elif action.kind == "rollback":
-            self.owed_stores, self.result = {}, {}
-            self.vault.agreed.clear()
-            self.owed_evals = {}
+            self.owed_stores, self.owed_evals, self.result = {}, {}, {}
+            self.vault.roll_back()
             for site in self.cfg.sites:
                 self.hub.send(site, {"type": "cancel"} | d)
         elif action.kind in ("cancel", "end"):
@@ -502,6 +508,8 @@ class Coordinator:
         if header["id"] != self.fetches.get(site):
             return  # from before it was told to drop everything
         self.holds[site] = header["round"]
+        if not self.virtual and header["download_s"]:  # theta and m
+            self._measured(min(self.bytes_per_s, 2 * self.payload_bytes / header["download_s"]))
         self.run.current(self.t, site, header["round"])
 
     def _on_again(self, site: str, header: dict, payload) -> None:
@@ -520,10 +528,15 @@ class Coordinator:
         if self.run.now and header["round"] == self.run.now.number:
             if not self.virtual:  # the next leaver needs this long: the last measured sync, old ones fading
                 self.run.sync_s = max(self.t - self.run.now.freeze_s, 0.5 * self.run.sync_s)
-                self.bytes_per_s = 0.5 * (self.bytes_per_s + self.payload_bytes / max(time.monotonic() - self.attempt_began, 1e-3))
-                self.timeouts = timeouts.derive(self.cfg, self.payload_bytes, self.bytes_per_s)
-                self.run.attempt_s = self.timeouts.attempt_s
+                self._measured(0.5 * (self.bytes_per_s + self.payload_bytes / max(time.monotonic() - self.attempt_began, 1e-3)))
             self.run.voted(self.t, site, header["attempt"], header["digest"])
+
+    def _measured(self, bytes_per_s: float) -> None:
+        """Time-outs follow the link, unless that would break an order the config insists on."""
+        self.bytes_per_s = bytes_per_s
+        with contextlib.suppress(BadInput):
+            self.timeouts = timeouts.derive(self.cfg, self.payload_bytes, bytes_per_s)
+            self.run.attempt_s = self.timeouts.attempt_s
 
     def _on_failed(self, site: str, header: dict, payload) -> None:
         if self.run.now and header["round"] == self.run.now.number:
@@ -553,12 +566,19 @@ class Coordinator:
         if header["name"] == "result":
             self._on_result(header, payload)
             return
+        if not self.virtual and self.run.holds.get(site, -1) < header["round"]:
+            return  # from before the run went another way
         first, last = self.run.stored + 1, self.run.round  # a whole state may skip rounds, an average cannot
         if first <= header["round"] <= (first if header["name"] == "delta" else last):
             try:
                 self._stored(header | {"site": site}, payload)
             except ValueError as error:
-                self.run.differs(self.t, site, str(error))
+                if self.virtual or header["name"] == "delta":
+                    self.run.differs(self.t, site, str(error))
+                else:
+                    self.run.spoiled(self.t, site, header["round"], str(error))
+                    if not self.run.counts_on(site):
+                        self.hub.dismiss(site)  # it says hello anew
 
     def _on_result(self, header: dict, payload) -> None:
         """A chunk of what some members have agreed on and others lack."""
@@ -566,7 +586,7 @@ class Coordinator:
         if digest not in self.result:
             self.result = {}
             self._receiving = (digest, torch.empty(self.vault.numel)) if header["start"] == 0 else self._receiving
-        if self._receiving[0] != digest:
+        if self._receiving is None or self._receiving[0] != digest:
             return
         vector = self._receiving[1]
         vector[header["start"] : header["stop"]] = torch.frombuffer(bytearray(payload), dtype=torch.float32)

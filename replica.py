@@ -8,6 +8,7 @@ rank 0 speaks to the coordinator and shares what it learns.
 
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Replica:
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             self.held = Lines(folder / "held.jsonl")
+        self.download_s = 0.0  # what the last download took
         self.mean_of = -1  # the round whose committed average `mean` still is
         self.model: GPT | None = None
         self.inner: Inner | None = None
@@ -57,15 +59,18 @@ class Replica:
         if self.flat.numel != numel:
             raise Mismatch(f"the model here has {self.flat.numel} parameters, the run's {numel}")
         self.settle()
+        self.download_s = 0.0  # nothing was needed
         if self.rank or (round_ == self.round and digest == self.digest == sync.digest(self.theta, self.chunk_mb)):
             return True
         self.round = self.mean_of = -1
         for _ in range(TRIES):
+            began = time.monotonic()
             try:
                 self._download(round_, "theta", self.theta)
                 self._download(round_, "m", self.m)
             except ChannelError:
                 return False
+            self.download_s = time.monotonic() - began
             self.digest = sync.digest(self.theta, self.chunk_mb)
             if digest is None or self.digest == digest:
                 return True
@@ -115,15 +120,14 @@ class Replica:
         """Send vectors that make up the state we now hold, in the background, chunk by chunk."""
         if self.rank:
             return
-        round_ = self.round
+        round_, about = self.round, {"digest": self.digest} | (about or {})
         todo = [(n, v, a, b) for n, v in parts.items() for a, b in sync.chunks(v.numel(), self.chunk_mb)]
 
         def send():
             for i, (name, vector, a, b) in enumerate(todo):
                 header = {"type": "upload", "round": round_, "name": name, "start": a, "stop": b, "last": i == len(todo) - 1}
-                header |= about or {}
                 try:
-                    self.link.request(header, bytes(sync.raw(vector[a:b])))
+                    self.link.request(header | about, bytes(sync.raw(vector[a:b])))
                 except ChannelError:
                     return  # the coordinator is gone; when it is back it asks for what it lacks
 

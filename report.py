@@ -210,7 +210,8 @@ class Tally:
             self.rounds += 1
             for site, ranges in record["batches"].items():
                 self.steps[site] += count(ranges)
-        elif kind == "cancel":
+            self.wasted_tokens += sum(record.get("wasted", {}).values())
+        elif kind in ("cancel", "rollback"):
             self.wasted_tokens += record.get("tokens", 0)
         elif kind == "site" and record["to"] in ("provisioning", "off"):
             (self.begins if record["to"] == "provisioning" else self.ends)[record["site"]].append(record["t_s"])

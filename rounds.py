@@ -85,10 +85,10 @@ class Round:
     end_s: float  # planned freeze
     leases: dict[str, Ranges]
     steps: dict[str, int] = field(default_factory=dict)  # frozen members
-    still_s: float = -INFINITY  # when the latest of them froze
+    still_s: dict[str, float] = field(default_factory=dict)  # when each of them froze
     freeze_s: float = INFINITY
     silent: dict[str, float] = field(default_factory=dict)  # wall: members that cannot be heard -> since when
-    gone: set[str] = field(default_factory=set)  # dead or left out; nothing of theirs is waited for
+    gone: dict[str, float] = field(default_factory=dict)  # dead or left out -> since when; nothing of theirs is waited for
     non_finite: tuple[str, int] | None = None  # a site and its step
     agreement: Agreement | None = None  # from the freeze on
     attempt_s: float = INFINITY  # when the present attempt began
@@ -114,6 +114,7 @@ class Run:
         self.sender: str | None = None  # who sends the last of them
         self.rollback_at = INFINITY  # wall: give up on them then
         self.store_by, self.asked = INFINITY, 0  # wall: when to ask for it again, and how often we have
+        self.spoilt = ""  # the site whose local round has just arrived damaged
         self.last: dict | None = None  # the last federated commit, for members that missed it
         self.attempted: dict[int, int] = {}  # of the last rounds: the highest number of an attempt
         self.blown = 0  # rounds running in which nobody had finite numbers
@@ -257,10 +258,13 @@ class Run:
         if now.mode == "local":
             since = min(now.silent.values(), default=INFINITY)
             return min(since, now.freeze_s if self.phase == "freezing" else INFINITY) + self.facts.max_offline_s
-        if self.phase == "freezing":
-            return now.freeze_s + self.facts.grace_s
-        if self.phase == "train" and now.silent and all(s in now.steps for s in now.members if s not in now.gone | now.silent.keys()):
-            return max(now.still_s, *now.silent.values()) + self.facts.grace_s  # nobody who can be heard has anything left to do
+        if self.phase == "freezing":  # grace begins when somebody waits
+            first = min(now.still_s.values(), default=INFINITY)
+            return min(max(now.freeze_s, first) + self.facts.grace_s, now.freeze_s + self.facts.max_offline_s)
+        if self.phase == "train" and now.silent:
+            heard = [s for s in now.members if s not in now.gone and s not in now.silent]
+            if heard and all(s in now.steps for s in heard):  # they have nothing left to do but wait
+                return max([*now.still_s.values(), *now.silent.values()]) + self.facts.grace_s
         return now.attempt_s + self.attempt_s if self.phase == "reduce" and now.agreement.result is None else INFINITY
 
     def _lose_patience(self, t: float) -> None:
@@ -472,7 +476,7 @@ class Run:
         if not finite:
             self._fault(t, site, "non-finite loss", f"its part of round {now.number} is left out", step=bad_step)
             now.non_finite, steps = (site, bad_step), 0
-        now.steps[site], now.still_s = min(steps, count(now.leases[site])), t
+        now.steps[site], now.still_s[site] = min(steps, count(now.leases[site])), t
         idle_from = now.open_s + steps * self._step_s(site) if self.facts.timed else t
         self.meter.set(min(idle_from, t), site, "waiting")
         self._when_frozen(t)
@@ -619,8 +623,7 @@ class Run:
     def _leave_out(self, t: float, site: str, kind: str, why: str) -> None:
         """A member is alive, but its part of this round is void; it downloads what the others agree on."""
         self._fault(t, site, kind, f"left out of round {self.now.number}: {why}")
-        self.now.gone.add(site)
-        self.now.silent.pop(site, None)
+        self.now.gone.setdefault(site, self.now.silent.pop(site, t))
         if self.now.agreement:
             self.now.agreement.leave(site)
         self.holds.pop(site, None)
@@ -641,6 +644,15 @@ class Run:
             self._actions.append(Action("fetch", site, {"round": self.stored}))
         self._set_power(t)
 
+    def spoiled(self, t: float, site: str, number: int, why: str) -> None:
+        """Wall: a local round's state did not arrive as its site holds it. It is asked once more; the second time it counts as lost."""
+        self._fault(t, site, "spoiled upload", why)
+        self.spoilt, again = site, self.spoilt == site
+        if again:
+            self._out(t, site, why)
+        else:
+            self._actions.append(Action("resend", site, {"round": number}))
+
     def _agreed(self) -> bool:
         """Everyone alive holds the same result, and the state this round started from is durable."""
         return self.now.agreement.result is not None and self.stored == self.round
@@ -660,10 +672,13 @@ class Run:
         self.round += 1
         self.blown = 0
         living, tokens = a.living, sum(a.tokens.values())
+        wasted = {s: n for s in now.members if s not in a.tokens and (n := self._trained(t, s) * self.facts.tokens_per_step)}
         self.holds |= dict.fromkeys(living, self.round)
         self.last = {"round": now.number, "digest": a.result}
         self.unstored.append({"round": now.number, "tokens": tokens, "batches": used})
-        self._record(t, "commit", round=now.number, tokens=tokens, batches=batches, digest=a.result)
+        self._record(
+            t, "commit", round=now.number, tokens=tokens, batches=batches, digest=a.result, **({"wasted": wasted} if wasted else {})
+        )
         staying = [s for s in living if s not in self.leaving]
         self.sender = None if a.at_head else (staying or living)[0]
         self.store_by, self.asked = t + self.attempt_s, 0
@@ -684,7 +699,7 @@ class Run:
         """theta_number and m_number are durable at the coordinator. Commits the local round that made them."""
         if number <= self.stored or number > self.round:
             return
-        self.stored, self.rollback_at, sender = number, INFINITY, self.sender
+        self.stored, self.rollback_at, self.spoilt, sender = number, INFINITY, "", self.sender
         self.unstored = [c for c in self.unstored if c["round"] >= number]
         if sender and not self.facts.timed and not (self.now and sender in self.now.members):
             self._let_go(sender)  # it only waited for this
@@ -723,13 +738,20 @@ class Run:
         holders = [s for s in self.schedule.sites if self.holds.get(s) == self.round]
         self.store_by, self.asked = t + self.attempt_s, self.asked + 1
         if holders:
-            others = [s for s in holders if s != self.sender]
-            self.sender, self.rollback_at = (others or holders)[0], INFINITY
+            silent = self.now.silent if self.now else ()
+            self.sender = min(holders, key=lambda s: (s in silent, s == self.sender))
+            self.rollback_at = INFINITY
             self._actions.append(Action("resend", self.sender, {"round": self.round}))
         elif self.facts.timed:
             self._roll_back(t)
         else:
             self.sender, self.rollback_at = None, t + self.facts.dead_s
+
+    def hurry_store(self, t: float, site: str) -> None:
+        """Wall: a site may be dying. If it is the one that sends a committed result, another holder sends it as well: the fewer
+        moments there are in which only mortals hold it, the better."""
+        if site == self.sender and self.unstored and any(self.holds[s] == self.round for s in self.holds if s != site):
+            self._ask_store(t)
 
     def _roll_back(self, t: float) -> None:
         """All holders of a committed result are gone: continue from the stored round; its batches are trained again."""
@@ -807,6 +829,7 @@ class Run:
                 now.silent[site] = t
                 until = "the freeze" if now.mode == "federated" else f"{self.facts.max_offline_s:g} s have passed"
                 self._fault(t, site, "silent", f"{why}; its work counts if it is back before {until}")
+                self.hurry_store(t, site)
             return
         self._out(t, site, why)
         self._set_power(t)
@@ -823,8 +846,7 @@ class Run:
                 self._record(t, "cancel", round=p["round"], reason=f"{site} was lost before it was stored", tokens=tokens)
             self.pending = []
         if now:
-            now.gone.add(site)
-            now.silent.pop(site, None)
+            now.gone.setdefault(site, now.silent.pop(site, t))
             if now.agreement:
                 now.agreement.leave(site)
         self.leaving.discard(site)
@@ -920,14 +942,17 @@ class Run:
         """Is this the round that is open now, and not an earlier opening of the same number?"""
         return self.now is not None and number == self.now.number and abs(open_s - self.now.open_s) < 1e-5
 
+    def _trained(self, t: float, site: str) -> int:
+        """Steps of a member in the open round: what it reported, or about what it will have done by now, or until it was lost."""
+        now = self.now
+        until = min(t, now.gone.get(site, t), now.silent.get(site, t))
+        return now.steps.get(site, min(count(now.leases[site]), int(max(0.0, until - now.open_s) / self._step_s(site))))
+
     def _cancel(self, t: float, reason: str) -> None:
         now = self.now
         for ranges in now.leases.values():
             self.ledger.give_back(ranges)
-        trained = dict(now.steps)
-        for site in now.members:  # who has not reported will have done about so many
-            trained.setdefault(site, min(count(now.leases[site]), int(max(0.0, t - now.open_s) / self._step_s(site))))
-        tokens = sum(trained.values()) * self.facts.tokens_per_step
+        tokens = sum(self._trained(t, s) for s in now.members) * self.facts.tokens_per_step
         self._record(t, "cancel", round=now.number, reason=reason, tokens=tokens)
         involved = now.members + [s for s in (now.agreement.frozen if now.agreement else ()) if s not in now.members]
         self._actions.append(Action("cancel", None, {"round": now.number, "members": involved, "reason": reason}))

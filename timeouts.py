@@ -45,10 +45,10 @@ def derive(cfg, payload_bytes: int, bytes_per_s: float = FIRST_GUESS) -> Timeout
     out = Timeouts(s.heartbeat_s, s.dead_s, chunk_s, attempt_s, r.train_s + r.grace_s + 3 * attempt_s)
     if s.heartbeat_s * 2 > s.dead_s:
         raise BadInput(f"sync.dead_s={s.dead_s:g} must be at least twice sync.heartbeat_s={s.heartbeat_s:g}")
-    if chunk_s < s.dead_s:
-        raise BadInput(f"sync.chunk_s={chunk_s:g} must be >= sync.dead_s={s.dead_s:g}: a frozen peer must count as dead first")
-    if attempt_s < chunk_s:
-        raise BadInput(f"sync.attempt_s={attempt_s:g} must be >= the time-out of a chunk, {chunk_s:g} s")
+    if chunk_s <= s.dead_s:
+        raise BadInput(f"sync.chunk_s={chunk_s:g} must be > sync.dead_s={s.dead_s:g}: a frozen peer must count as dead first")
+    if attempt_s <= chunk_s:
+        raise BadInput(f"sync.attempt_s={attempt_s:g} must be > the time-out of a chunk, {chunk_s:g} s")
     if r.max_offline_s < s.dead_s:
         raise BadInput(f"rounds.max_offline_s={r.max_offline_s:g} must be >= sync.dead_s={s.dead_s:g}")
     return out

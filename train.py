@@ -284,7 +284,7 @@ class Site:
             self.replica.drop(self.spec.keep_disk or c.get("keep", False))
             self.note(round=-1, phase="idle", vote="", unstored={})
             return True
-        if c["type"] == "resend" and c["round"] == self.replica.round:
+        if c["type"] == "resend" and c["round"] <= self.replica.round:
             self.replica.resend()
         elif c["type"] == "commit":
             self.note(unstored={r: n for r, n in self.status["unstored"].items() if int(r) > c["round"]})
@@ -302,7 +302,7 @@ class Site:
             if kept:
                 print(f"{self.name:15} | inner optimizer state of round {c['round']} found on own disk", flush=True)
         self.note(round=-1, phase="idle", vote="", unstored={})
-        self.tell(type="current", id=c["id"], round=c["round"])
+        self.tell(type="current", id=c["id"], round=c["round"], download_s=self.replica.download_s)
 
     def _plan(self, c: dict) -> Plan:
         if self.cfg.rounds.inner_state == "reset":

@@ -66,7 +66,7 @@ class Vault:
     def receive(self, header: dict, payload) -> bool:
         """One uploaded chunk. True if it was the last one and the state of header['round'] is now durable.
 
-        Raises ValueError if a federated result is not the one that was agreed.
+        Raises ValueError if a federated result is not the one that was agreed, or a theta not the one of header['digest'].
         """
         round_ = header["round"]
         self._partial = {k: v for k, v in self._partial.items() if k[0] == round_}
@@ -76,13 +76,18 @@ class Vault:
         if not header["last"]:
             return False
         self._partial = {}
+        if "delta" in part and round_ not in self.agreed:
+            return False  # of a round that was rolled back
         if "delta" in part:
-            if sync.digest(part["delta"], self.chunk_mb) != self.agreed.pop(round_):
+            if sync.digest(part["delta"], self.chunk_mb) != self.agreed[round_]:
                 raise ValueError(f"sent another result of round {round_ - 1} than was agreed")
             r = self.cfg.rounds
             sync.outer_step_(self.theta, self.m, part["delta"], r.outer, r.outer_lr, r.outer_momentum)
+        elif sync.digest(part["theta"], self.chunk_mb) != header["digest"]:
+            raise ValueError(f"sent another theta of round {round_} than it holds")
         else:
             self.theta, self.m = part["theta"], part.get("m", torch.zeros(self.numel))
+        self.agreed = {r: digest for r, digest in self.agreed.items() if r > round_}
         self._save(round_)
         return True
 
@@ -96,6 +101,10 @@ class Vault:
             why = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise Unwritable(f"{self.states.folder}: {why}; free space, then the same command resumes") from None
         self.note(round_, "coordinator", self.digest, self.digest_m)
+
+    def roll_back(self) -> None:
+        """What was committed after the stored round counts no more, nor what sites said to hold of it."""
+        self.agreed, self._held, self._partial = {}, {}, {}
 
     def note(self, round_: int, who: str, theta: str, m: str) -> list[tuple[str, str]]:
         """What a member holds of a round. -> (site, complaint) for everyone whose bits are not the coordinator's."""

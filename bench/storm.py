@@ -53,7 +53,7 @@ TINY = {
     "carbon": {"trace": "trace.csv", "baseline_regions": ["a"], "max_gap_s": 10},
     "eval": {"every_rounds": 10, "tokens": 2048},
     "wandb": {"mode": "disabled"},
-    "log": {"every_steps": 10},
+    "log": {"every_steps": 1},
 }
 SITE = {"tokens_per_s": 15 * PER_STEP, "idle_kw": 0.5, "train_kw": 2.0, "device_batch": 32, "threads_local": 1, "threads_federated": 1}
 
@@ -64,6 +64,7 @@ AIMED = ("kill", "kill_two", "freeze", "kill_head", "cut", "reset")
 SITELESS = ("kill_head", "junk")
 FATAL = ("kill", "kill_two", "kill_all", "kill_joiner")  # kill -9 of the process that trains
 NEVER = ("wrong base", "wrong result", "digests differ", "non-finite loss")  # fault records that no fault of ours explains
+APART = 2.0  # rounds from a fault to the next: mean of an exponential distribution
 STUCK_S, NOISE_S = 100.0, 1.5  # no commit for so long: the run hangs; what two busy cores may add to a bound
 OFFLINE_S, DEAD_S, TRAIN_S = TINY["rounds"]["max_offline_s"], TINY["sync"]["dead_s"], TINY["rounds"]["train_s"]
 
@@ -92,11 +93,11 @@ def make_plan(seed: int, number: int, sites: list[str]) -> list[Fault]:
         aim = "commit" if kind == "kill_all" else rng.choice([None, None, "open", "attempt", "commit"]) if kind in AIMED else None
         seconds = {"freeze": rng.uniform(0.5, 4), "cut": rng.choice([1, 1, 4, 4, 4, 10, 10, 60]), "kill_two": rng.random()}.get(kind, 3.0)
         order = TORCHRUN if kind == "kill_parent" else "".join(rng.sample(sites, len(sites)))
-        plan.append(Fault(kind, order, aim, round(min(5.0, max(0.1, rng.expovariate(1 / 1.6))), 2), round(seconds, 2)))
+        plan.append(Fault(kind, order, aim, round(min(6.0, max(0.1, rng.expovariate(1 / APART))), 2), round(seconds, 2)))
     return plan
 
 
-def write_inputs(folder: Path, sites: list[str], rounds: int, windowed: str = WINDOWED, **changes) -> None:
+def write_inputs(folder: Path, sites: list[str], num_rounds: int, windowed: str = WINDOWED, **changes) -> None:
     """Corpus, trace, config (`changes` on top), and a copy of the code: an edit meanwhile does not mix versions."""
     (folder / "corpus").mkdir()
     (folder / "code").mkdir()
@@ -110,7 +111,7 @@ def write_inputs(folder: Path, sites: list[str], rounds: int, windowed: str = WI
         values = [500 if s == windowed and i % 9 >= 6 else 20 for s in sites]
         lines.append(",".join([(first + timedelta(seconds=5 * i)).strftime("%Y-%m-%dT%H:%M:%SZ"), *map(str, values)]))
     (folder / "trace.csv").write_text("\n".join(lines) + "\n")
-    more = {"budget": {"tokens": PER_STEP * STEPS * len(sites) * rounds}, "sites": {s: SITE | {"region": s} for s in sites}}
+    more = {"budget": {"tokens": PER_STEP * STEPS * len(sites) * num_rounds}, "sites": {s: SITE | {"region": s} for s in sites}}
     OmegaConf.save(OmegaConf.merge(TINY, more, changes), folder / "config.yaml")
     for file in REPO.glob("*.py"):
         shutil.copy(file, folder / "code")
@@ -157,6 +158,30 @@ class Proxy:
             writer.transport.abort()
 
 
+class Tail:
+    """What is added to a file of lines. Where the file is replaced by another, what that one starts with is not new."""
+
+    def __init__(self, path: Path):
+        self.path, self.at, self.inode = path, 0, None
+
+    def read(self) -> list[bytes]:
+        try:
+            about = self.path.stat()
+        except OSError:
+            return []
+        if self.inode not in (None, about.st_ino):
+            self.at = about.st_size
+        self.inode = about.st_ino
+        if about.st_size <= self.at:
+            return []
+        with open(self.path, "rb") as file:
+            file.seek(self.at)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self.at += len(whole)
+        return whole.splitlines()
+
+
 class Trial:
     """One run with its processes, supervised; with a plan it is a storm."""
 
@@ -173,7 +198,7 @@ class Trial:
         self.records: list[dict] = []
         self.state: dict[str, str] = {}  # of the sites, as journalled
         self.members, self.phase, self.over, self.hurry, self.heard = [], "", False, False, asyncio.Event()
-        self.read_to = self.commits = self.started = 0
+        self.trained_tokens = self.commits = self.started = 0
         self.left: list[str] = []
 
     def finding(self, text: str) -> None:
@@ -233,16 +258,12 @@ class Trial:
     # -- the journal, as it is written --------------------------------------------------------------------------------
 
     async def follow(self) -> None:
-        path = self.dir / "journal.jsonl"
+        journal, logs = Tail(self.dir / "journal.jsonl"), {site: Tail(self.dir / f"{site}.jsonl") for site in self.sites}
         while True:
-            if path.exists() and path.stat().st_size > self.read_to:
-                with open(path, "rb") as file:
-                    file.seek(self.read_to)
-                    data = file.read()
-                whole = data[: data.rfind(b"\n") + 1]
-                self.read_to += len(whole)
-                for line in whole.splitlines():
-                    self.note(json.loads(line))
+            for line in journal.read():
+                self.note(json.loads(line))
+            for tail in logs.values():  # a line is a step, whatever becomes of it
+                self.trained_tokens += PER_STEP * len(tail.read())
             await asyncio.sleep(0.003 if self.plan else 0.1)
 
     def note(self, r: dict) -> None:
@@ -491,19 +512,16 @@ class Bill:
                 out, idle_s = [*out, (idle_s, r["round"])], 0.0
         return out
 
-    def lost_parts(self) -> list[tuple[str, int, int, bool]]:
-        """(site, round, tokens, whether a fault of ours had struck it) of members whose round was committed without them. Tokens
-        are an estimate: the rate of `open` until their first fault record in that round, at most what was leased."""
+    def lost_parts(self) -> list[tuple[str, int, bool]]:
+        """(site, round, whether a fault of ours had struck it) of members whose round was committed without them."""
         out, opens = [], {r["round"]: r for r in self.held if r["type"] == "open"}
         for c in self.commits:
             o = opens.get(c["round"])
             for site in o["members"] if o and o["mode"] == "federated" else []:
                 if not any(y > x for x, y in c["batches"].get(site, [])):
-                    until = min(self.first(o["unix"], "fault", site=site) or c["unix"], o["unix"] + TRAIN_S)
-                    leased = sum(y - x for x, y in o["leases"][site]) * PER_STEP
                     ours = any((site in f.sites or f.kind == "kill_head") and f.unix <= c["unix"] and f.until + 2 * DEAD_S >= o["unix"]
                                for f in self.trial.struck)  # fmt: skip
-                    out.append((site, c["round"], int(min(leased, o["rates"][site] * (until - o["unix"]))), ours))
+                    out.append((site, c["round"], ours))
         return out
 
     def val_loss(self) -> float | None:
@@ -517,7 +535,7 @@ def account(trial: Trial, seed: int) -> dict:
     killed, frozen = bill.detection(FATAL), bill.detection(("freeze",), DEAD_S + 0.5)
     midway = [(seen, bill.first(seen, "attempt", "commit")) for f, _, seen in killed if f.phase == "attempt"]
     committed = sum(c["tokens"] for c in bill.commits)
-    discarded = sum(r["tokens"] for r in bill.held if r["type"] in ("cancel", "rollback")) + sum(x[2] for x in lost)
+    discarded = max(0, trial.trained_tokens - committed)
     longest = max(stalls, default=(0.0, 0.0, -1))
     attempts_s = [r["wall"]["attempt_s"] for r in bill.records if r["type"] == "attempt"]
     round_s = TRAIN_S + TINY["rounds"]["grace_s"] + 3 * max(attempts_s, default=0.0) + NOISE_S  # as in timeouts.py
@@ -529,12 +547,13 @@ def account(trial: Trial, seed: int) -> dict:
     own = {f"no fault record `{name}`": [json.dumps(r) for r in found[:1]] for name, found in wrong.items()} | {
         "every average within three attempts": [f"round {r}: {s:.1f} > {bound:.1f} s" for s, bound, r in stalls if s > bound],
         "while a site is on there is a commit in time": [f"{s:.1f} s before round {r}'s" for s, r in bill.gaps() if s > round_s],
-        "only who was struck lost its part of a round": [f"{site} in round {r}" for site, r, _, ours in lost if not ours],
+        "only who was struck lost its part of a round": [f"{site} in round {r}" for site, r, ours in lost if not ours],
         "no process failed by itself, and the run never hung": trial.findings,
     }  # fmt: skip
     lines += [f"BROKEN {law}: {'; '.join(bad)}" if bad else f"ok     {law}" for law, bad in own.items()]
     return {
         "seed": seed, "faults": dict(sorted(Counter(f.kind for f in trial.struck).items())), "rounds": len(bill.commits),
+        "rounds_per_fault": round(len(bill.commits) / max(1, len(trial.struck)), 2),
         "committed_tokens": committed, "discarded_tokens": discarded,
         "step_efficiency": round(committed / max(1, committed + discarded), 4),
         "longest_stall_s": round(longest[0], 2), "longest_stall_bound_s": round(longest[1], 2),
@@ -566,14 +585,16 @@ def main() -> int:
         plan = make_plan(args.seed, args.faults, sites)
         for i, f in enumerate(plan):
             say(f"plan {i:3d}  {f.kind:11} order {f.order}  aim {f.aim or '-':7}  after {f.delay_rounds:4} rounds  {f.seconds:g} s")
-        write_inputs(folder, sites, rounds=6 + round(1.4 * args.faults))
+        write_inputs(folder, sites, num_rounds=6 + round(1.6 * args.faults))
         storm, calm = (Trial(folder, name, sites, cards, say, args.seed) for name, cards in (("storm", plan), ("calm", [])))
         asyncio.run(storm.run(limit_s=120 + 15 * args.faults))
         result = account(storm, args.seed)
         if result["budget_committed"]:
             say("the same without faults")
             asyncio.run(calm.run(limit_s=900))
-            result["calm_val_loss"] = loss = Bill(calm).val_loss()
+            quiet = Bill(calm)
+            result["calm_val_loss"] = loss = quiet.val_loss()
+            result["calm_discarded_tokens"] = calm.trained_tokens - sum(c["tokens"] for c in quiet.commits)
             result["val_loss_ratio"] = round(result["val_loss"] / loss, 4) if loss and result["val_loss"] else None
             result["invariants"]["broken"] += [f"calm run: {text}" for text in calm.findings]
     finally:
@@ -583,9 +604,8 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     result["wall_s"] = round(time.time() - started, 1)
     say("\n".join(f"{k:22} {v}" for k, v in result.items()))
-    say("discarded_tokens: tokens of `cancel` and `rollback` records, and what members trained whose round was committed without\n"
-        "them (rate at `open` x time to their fault record, at most the lease). detection_s: deed to journal. recovery_s: from\n"
-        "there to the next attempt or commit, for deaths after an `attempt`. rejoin_s: kill to the next logged step.")  # fmt: skip
+    say("discarded_tokens: of all steps that the sites logged, those that were not committed. detection_s: deed to journal.\n"
+        "recovery_s: from there to the next attempt or commit, for deaths after an `attempt`. rejoin_s: kill to next step.")  # fmt: skip
     print(json.dumps(result), flush=True)
     return 1 if result["invariants"]["broken"] or not result["budget_committed"] or any(result["left_behind"].values()) else 0
 

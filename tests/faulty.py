@@ -94,6 +94,15 @@ def build(point: str, round_: int, kind: str) -> None:
                 vector[:1].add_(1.0)
 
         wrap(replica.Replica, "_download", after=damage)
+    elif point == "upload":  # what is sent up is not what is held
+
+        def blot(r, parts, *a):
+            if "theta" in parts and once(r.round - 1, round_):  # a local round's theta
+                parts["theta"] = parts["theta"] + 1.0
+            elif "delta" in parts and once(r.round - 1, round_):
+                parts["delta"] = parts["delta"] + 1.0
+
+        wrap(replica.Replica, "upload", blot)
     elif point == "digest":  # one member's average differs
 
         def spoil(r, result, *a):
