@@ -9,6 +9,8 @@ nothing is ever unpickled. Besides commands and reports the channel carries hear
 in chunks, the rendezvous of gloo groups (`ChannelStore`, a torch.distributed.Store, so that no TCPStore of ours
 listens), and the chunks of a star-shaped average.
 
+What is large travels on a second connection of each site, its lane, so that heartbeats and commands are never behind it.
+
 A connection that breaks is made again by itself, and then, or whenever the coordinator says it does not know a process
 (it was restarted, or had given that process up), the site says hello once more, with what it holds and where it stands.
 At the coordinator a closed connection is a death after NOTICE_S, unless the same process is back by then.
@@ -182,6 +184,7 @@ class Hub(Pump):
         self.read_state = read_state
         self._seen: dict[str, float] = {}
         self._identity: dict[str, bytes] = {}
+        self._incarnation: dict[str, str] = {}  # of the process behind it: says which lane is its own
         self._connection: dict[int, bytes] = {}  # file descriptor -> identity of the process behind it
         self._closed: dict[str, float] = {}  # site whose connection closed -> when
         self._values: dict[str, bytes] = {}
@@ -213,15 +216,15 @@ class Hub(Pump):
         self.address = f"{host}:{self.port}"
         self.start()
 
-    def admit(self, site: str, identity: bytes) -> None:
+    def admit(self, site: str, identity: bytes, incarnation: str) -> None:
         """From now on this process speaks for the site; an older one of the same name is ignored."""
-        self._identity[site] = identity
+        self._identity[site], self._incarnation[site] = identity, incarnation
         self._seen[site] = time.monotonic()
         self._closed.pop(site, None)
 
     def dismiss(self, site: str) -> None:
-        self._identity.pop(site, None)
-        self._closed.pop(site, None)
+        for known in (self._identity, self._incarnation, self._closed):
+            known.pop(site, None)
 
     def connected(self, site: str) -> bool:
         return site in self._identity
@@ -276,7 +279,8 @@ class Hub(Pump):
             self._connection[frames[0].get(zmq.SRCFD)] = identity
             self.inbox.put((site, identity, header, payload))
             return
-        if self._identity.get(site) != identity:
+        of = header.get("lane_of")  # what comes by a process's lane counts as its own
+        if self._identity.get(site) != identity if of is None else self._incarnation.get(site) != of:
             if header["type"] == "heartbeat":
                 self.answer(identity, {"type": "stranger"})
             return
@@ -324,6 +328,9 @@ class Hub(Pump):
 
     def _on_heartbeat(self, site, identity, header, payload) -> None:
         self.answer(identity, {"type": "heartbeat"})
+
+    def _on_ping(self, site, identity, header, payload) -> None:
+        self.answer(identity, {"type": "reply", "re": header["id"]})
 
     def _on_set(self, site, identity, header, payload) -> None:
         if len(self._values) < MAX_KEYS and len(payload) <= MAX_VALUE:
@@ -414,6 +421,13 @@ def peer_of(fd: int) -> str | None:
 # A site's end
 
 
+def dealer(context: zmq.Context, keys: Path, site: str) -> zmq.Socket:
+    socket_ = context.socket(zmq.DEALER)
+    socket_.curve_publickey, socket_.curve_secretkey = read_key(keys, site, secret=True)
+    socket_.curve_serverkey, _ = read_key(keys, "coordinator", secret=False)
+    return socket_
+
+
 class Link(Pump):
     """Connects to the coordinator. Commands arrive in `inbox` as (header, payload).
 
@@ -432,9 +446,9 @@ class Link(Pump):
         self._replies: dict[int, queue.SimpleQueue] = {}
         self._next_id = 0
         self._lock = threading.Lock()
-        self.socket = self.context.socket(zmq.DEALER)
-        self.socket.curve_publickey, self.socket.curve_secretkey = read_key(keys, site, secret=True)
-        self.socket.curve_serverkey, _ = read_key(keys, "coordinator", secret=False)
+        self.socket = dealer(self.context, keys, site)
+        self._lane: Lane | None = None  # from the first that needs it
+        self._new_lane = lambda: Lane(self.address, keys, site, self._arrived)
         self._monitor = self.socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_FAILED_AUTH
             | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -447,13 +461,19 @@ class Link(Pump):
     def send(self, header: dict, payload=b"") -> None:
         self.post(pack(header, payload))
 
-    def request(self, header: dict, payload=b"", timeout_s: float = 60.0) -> tuple[dict, memoryview]:
-        """Send and wait for the answer. Raises ChannelError after timeout_s, or once the coordinator counts as dead."""
+    def request(self, header: dict, payload=b"", timeout_s: float = 60.0, large: bool = False) -> tuple[dict, memoryview]:
+        """Send and wait for the answer. Raises ChannelError after timeout_s, or once the coordinator counts as dead. large: the
+        request or its answer is; it takes the lane, and so may overtake what was sent before."""
         with self._lock:
             self._next_id += 1
             number = self._next_id
             box = self._replies[number] = queue.SimpleQueue()
-        self.send(header | {"id": number}, payload)
+            if large and self._lane is None:
+                self._lane = self._new_lane()
+        if large:
+            self._lane.post(pack(header | {"id": number, "lane_of": self.hello["incarnation"]}, payload))
+        else:
+            self.send(header | {"id": number}, payload)
         until = time.monotonic() + timeout_s
         try:
             while time.monotonic() < until and self.silent_s() < self.dead_s:
@@ -462,7 +482,8 @@ class Link(Pump):
                     if "error" in answer[0]:
                         raise ChannelError(answer[0]["error"])
                     return answer
-            raise ChannelError(f"no answer to {header['type']} from the coordinator at {self.address} within {timeout_s:g} s")
+            why = f"within {timeout_s:.1f} s" if time.monotonic() >= until else f"and no heartbeat for {self.dead_s:g} s"
+            raise ChannelError(f"no answer to {header['type']} from the coordinator at {self.address} {why}")
         finally:
             self._replies.pop(number, None)
 
@@ -488,14 +509,18 @@ class Link(Pump):
         self._heard = time.monotonic()
         header, payload = message
         if header["type"] == "reply":
-            if box := self._replies.get(header["re"]):
-                box.put((header, payload))
+            self._arrived(header, payload)
         elif header["type"] == "stranger":
             self._greet()
         elif header["type"] == "welcome" and self.welcomed:
             return
         elif header["type"] != "heartbeat":
             self.inbox.put((header, payload))
+
+    def _arrived(self, header: dict, payload) -> None:
+        """An answer, by either way."""
+        if box := self._replies.get(header["re"]):
+            box.put((header, payload))
 
     def _greet(self) -> None:
         """Say hello, with where we stand."""
@@ -530,6 +555,10 @@ class Link(Pump):
                 self.socket.disconnect(f"tcp://{self.address}")
             self.address, self._moved = self._moved, None
             self.socket.connect(f"tcp://{self.address}")
+            with self._lock:
+                lane, self._lane = self._lane, None  # the next request opens one to there
+            if lane:
+                lane.abandon()
         if self.welcomed and time.monotonic() - self._beat >= self.heartbeat_s:
             self._beat = time.monotonic()
             self._send_now(pack({"type": "heartbeat"}))
@@ -537,7 +566,34 @@ class Link(Pump):
     def close(self) -> None:
         if not self._closing.is_set():
             self.socket.disable_monitor()
+            if self._lane:
+                self._lane.close()
         super().close()
+
+
+class Lane(Pump):
+    """A site's second connection, for what is large. `arrived(header, payload)` gets the answers."""
+
+    def __init__(self, address: str, keys: Path, site: str, arrived):
+        super().__init__("lane")
+        self.arrived = arrived
+        self.socket = dealer(self.context, keys, site)
+        self.socket.connect(f"tcp://{address}")
+        self.start()
+
+    def receive(self, frames: list[zmq.Frame]) -> None:
+        message = unpack(frames)
+        if message and message[0]["type"] == "reply":
+            self.arrived(*message)
+
+    def send_parts(self, parts: list) -> None:
+        with contextlib.suppress(zmq.Again):
+            self.socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+
+    def abandon(self) -> None:
+        """Stop without waiting: who waits for an answer has been told that there is none."""
+        self._closing.set()
+        os.write(self._wake_w, b".")
 
 
 class ChannelStore(dist.Store):

@@ -474,7 +474,7 @@ class Coordinator:
         again = bool(status) and known in (incarnation, None)
         if known and not again and (self.hub.connected(site) or site in self.unheard or self.run.counts_on(site)):
             self._lost(site, "was replaced by a new process", sure=True)
-        self.hub.admit(site, identity)
+        self.hub.admit(site, identity, incarnation)
         self.incarnations[site] = incarnation
         self.unheard.discard(site)
         self.holds.pop(site, None)

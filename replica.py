@@ -94,7 +94,7 @@ class Replica:
 
     def _download(self, round_: int, name: str, vector: torch.Tensor) -> None:
         for a, b in sync.chunks(vector.numel(), self.chunk_mb):
-            header, data = self.link.request({"type": "chunk", "round": round_, "name": name, "start": a, "stop": b})
+            header, data = self.link.request({"type": "chunk", "round": round_, "name": name, "start": a, "stop": b}, large=True)
             if not header["found"]:
                 raise ChannelError(f"the coordinator has no {name[:12]} of round {round_}")
             vector[a:b] = torch.frombuffer(bytearray(data), dtype=torch.float32)
@@ -124,12 +124,13 @@ class Replica:
         todo = [(n, v, a, b) for n, v in parts.items() for a, b in sync.chunks(v.numel(), self.chunk_mb)]
 
         def send():
-            for i, (name, vector, a, b) in enumerate(todo):
-                header = {"type": "upload", "round": round_, "name": name, "start": a, "stop": b, "last": i == len(todo) - 1}
-                try:
-                    self.link.request(header | about, bytes(sync.raw(vector[a:b])))
-                except ChannelError:
-                    return  # the coordinator is gone; when it is back it asks for what it lacks
+            try:
+                self.link.request({"type": "ping"})  # what we said before is heard before
+                for i, (name, vector, a, b) in enumerate(todo):
+                    header = {"type": "upload", "round": round_, "name": name, "start": a, "stop": b, "last": i == len(todo) - 1}
+                    self.link.request(header | about, bytes(sync.raw(vector[a:b])), large=True)
+            except ChannelError:
+                return  # the coordinator is gone; when it is back it asks for what it lacks
 
         self._in_background(send)
 

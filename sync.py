@@ -109,7 +109,7 @@ def alone(index: int, part: Tensor) -> None:
 def star_reduce(link, round_: int, attempt: int, num_chunks: int, timeout_s: float):
     def reduce_chunk(index: int, part: Tensor) -> None:
         header = {"type": "reduce", "round": round_, "attempt": attempt, "index": index, "of": num_chunks}
-        _, total = link.request(header, bytes(memoryview(part.numpy())), timeout_s)
+        _, total = link.request(header, bytes(memoryview(part.numpy())), timeout_s, large=True)
         part.copy_(torch.frombuffer(bytearray(total), dtype=torch.float32))
 
     return reduce_chunk

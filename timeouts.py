@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from config import BadInput
 
-NOTICE_S = 0.7  # a connection that closed is a death after this long, unless the same process is back by then
+NOTICE_S = 0.6  # a connection that closed is a death after this long, unless the same process is back by then
 SLACK = 4.0  # a transfer may be this much slower than the link was measured
 FIRST_GUESS = 12.5e6  # bytes/s until a rate is measured: 100 Mbit/s
 

@@ -121,7 +121,7 @@ def main() -> int:
     args = parser.parse_args()
     rng, sites = random.Random(args.seed), list("abc")
     say = (lambda text: None) if args.json else (lambda text: print(text, file=sys.stderr, flush=True))
-    plan = [Fault("kill", "".join(rng.sample(sites, 3)), "attempt", 3.0, round(rng.uniform(0.0, 0.25), 2)) for _ in range(args.deaths)]
+    plan = [Fault("kill", "".join(rng.sample(sites, 3)), "attempt", 3.0, round(rng.uniform(0.0, 0.12), 3)) for _ in range(args.deaths)]
     folder = Path(tempfile.mkdtemp(prefix="recovery-")).resolve()
     try:
         storm.write_inputs(folder, sites, num_rounds=99 * args.deaths, windowed="", **LARGER)

@@ -189,7 +189,7 @@ class Trial:
         self.folder, self.name, self.sites, self.plan, self.say, self.dir = folder, name, sites, plan, say, folder / "runs" / name
         self.rng = {s: random.Random(f"{seed} {s}") for s in sites}  # of the pauses before a restart
         self.env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-        self.processes, self.logs, self.proxies = {}, {}, {}
+        self.processes, self.logs, self.proxies, self.workers = {}, {}, {}, {}
         self.struck: list[Fault] = []
         self.busy: dict[str, float] = {}  # site -> until when something is being done to it
         self.hit: set[int] = set()  # processes that end by our hand
@@ -245,8 +245,11 @@ class Trial:
         process = self.processes.get(name)
         if process is None or process.returncode is not None or name != TORCHRUN:
             return process.pid if process and process.returncode is None else None
-        with contextlib.suppress(psutil.Error):
-            return next((p.pid for p in psutil.Process(process.pid).children(recursive=True) if "train.py" in " ".join(p.cmdline())), None)
+        if not psutil.pid_exists(self.workers.get(process.pid, -1)):
+            with contextlib.suppress(psutil.Error):
+                children = psutil.Process(process.pid).children(recursive=True)
+                self.workers[process.pid] = next((p.pid for p in children if "train.py" in " ".join(p.cmdline())), -1)
+        return pid if (pid := self.workers.get(process.pid, -1)) > 0 else None
 
     def send(self, name: str, number: int, parent: bool = False) -> None:
         if pid := self.processes[name].pid if parent and self.worker(name) else self.worker(name):

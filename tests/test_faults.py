@@ -306,13 +306,13 @@ def test_a_slow_site_contributes_what_it_has_and_a_late_one_is_left_out(runner):
 
 
 def test_a_slow_link_costs_its_own_time_and_nothing_else(wired):
-    """c reaches the head node at 600 kB/s and 0.1 s of delay; each average of 0.5 MB by star takes it some two seconds."""
-    model = {"depth": 2, "width": 64}
-    day, _ = wired(rounds=5, lag_s=0.1, bytes_per_s=6e5, model=model, sync={"topology": "star"})
+    """c reaches the head node at 500 kB/s; each average of 0.5 MB by star takes it some two seconds, its download four."""
+    changes = {"model": {"depth": 2, "width": 64}, "sync": {"topology": "star"}, "rounds_": {"max_steps": None, "train_s": 5}}
+    day, _ = wired(rounds=32, lag_s=0.02, bytes_per_s=6e5, **changes)
     day.end()
     assert not day.voided() and not day.faults()
     shared = [r for r in day.journal("attempt") if r["tokens"].get("c")]
-    assert len(shared) >= 3 and all(r["attempt"] == 1 and r["weights"]["c"] == pytest.approx(1 / 3) for r in shared)
+    assert len(shared) >= 2 and all(r["attempt"] == 1 and r["weights"]["c"] > 0.2 for r in shared)
     commits = {r["round"]: r["t_s"] for r in day.journal("commit")}
     assert statistics.median(commits[r["round"]] - r["t_s"] for r in shared) > 1.0, "the link was slow indeed"
 
@@ -486,7 +486,7 @@ def wired(runner):
 
 
 @pytest.mark.parametrize("moment", ["train", "reduce"])
-@pytest.mark.parametrize("seconds, rounds", [(1, 24), (10, 60), (60, 250)])
+@pytest.mark.parametrize("seconds, rounds", [(1, 24), (10, 60), (60, 180)])
 def test_a_site_cut_from_the_coordinator_cannot_commit_alone_and_heals(wired, moment, seconds, rounds):
     changes = {"max_offline_s": 90} | ({"max_steps": None, "train_s": 3} if moment == "train" else {})
     day, wire = wired(rounds=rounds, rounds_=changes)
