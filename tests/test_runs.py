@@ -151,6 +151,7 @@ def test_a_run_can_be_killed_and_resumed_again_and_again(runner):
     assert kept == sorted(kept)
 
 
+@pytest.mark.slow
 def test_wall_clock_replays_a_shortened_trace_in_real_seconds(runner):
     """One trace minute is four real seconds here: real starts, real stops, real downloads."""
     sites = {name: {"tokens_per_s": 2000.0} for name in ("a", "b")}
