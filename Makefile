@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all paper lint bench-demo bench-simulate ablation referee clean
+.PHONY: demo test test-all paper lint bench-demo bench-simulate storm bench-recovery ablation referee clean
 
 FULL := ours paper paper_two_site paper_centralized
 MINI := mini_ours mini_paper mini_two_site mini_centralized
@@ -38,6 +38,12 @@ bench-demo: $(READY)  ## the demo's numbers: time, memory, loss, emissions, stal
 
 bench-simulate: $(READY)  ## seconds and memory of the simulator: a day, a year, a year of 300 sites
 	$(BIN)/python bench/simulate.py
+
+storm: $(READY)  ## 50 real faults on a real run, then the bill, for three seeds: about 8 minutes each
+	for seed in 1 2 3; do $(BIN)/python bench/storm.py --seed $$seed --faults 50 || exit 1; done
+
+bench-recovery: $(READY)  ## deaths in the middle of an average: notice, recovery, rejoin; about 6 minutes
+	$(BIN)/python bench/recovery.py
 
 ablation: $(READY)  ## which protocol learns best: 50 minutes on 2 cores
 	$(BIN)/python bench/ablation.py

@@ -75,7 +75,7 @@ class Vault:
         vector[header["start"] : header["stop"]] = torch.frombuffer(bytearray(payload), dtype=torch.float32)
         if not header["last"]:
             return False
-        self._partial = {}
+        del self._partial[round_, header["site"]]
         if "delta" in part and round_ not in self.agreed:
             return False  # of a round that was rolled back
         if "delta" in part:

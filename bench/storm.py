@@ -520,7 +520,8 @@ class Bill:
         out, opens = [], {r["round"]: r for r in self.held if r["type"] == "open"}
         for c in self.commits:
             o = opens.get(c["round"])
-            for site in o["members"] if o and o["mode"] == "federated" else []:
+            leased = [s for s in o["members"] if o["leases"][s]] if o and o["mode"] == "federated" else []
+            for site in leased:
                 if not any(y > x for x, y in c["batches"].get(site, [])):
                     ours = any((site in f.sites or f.kind == "kill_head") and f.unix <= c["unix"] and f.until + 2 * DEAD_S >= o["unix"]
                                for f in self.trial.struck)  # fmt: skip
