@@ -329,8 +329,9 @@ class Coordinator:
         run, started = self.run, time.monotonic()
         offset = max(time.time() - self.epoch, self.journal.records[-1]["t_s"])
         heard_by, written = started + self.cfg.sync.dead_s, started
+        self.now = lambda: offset + time.monotonic() - started
         while not run.ended:
-            self.t = offset + time.monotonic() - started
+            self.t = self.now()
             for site, mci in self.samples.due(self.t):
                 run.observe(self.t, site, mci)
                 if mci is not None:
@@ -449,10 +450,13 @@ class Coordinator:
         """Handle one message, if one comes in time."""
         if not self.hub.is_alive():
             raise RuntimeError("the control channel's thread died")
-        try:
-            site, identity, header, payload = self.hub.inbox.get(timeout=timeout_s)
-        except queue.Empty:
+        message = None
+        with contextlib.suppress(queue.Empty):
+            message = self.hub.inbox.get(timeout=timeout_s)
+        self.t = self.t if self.virtual else self.now()
+        if message is None:
             return
+        site, identity, header, payload = message
         if header["type"] == "hello":
             self._on_hello(site, header, identity)
         elif handler := getattr(self, "_on_" + header["type"], None):

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 
+import psutil
 import pytest
 import torch
 from conftest import CLEAN, DIRTY, processes_in
@@ -349,6 +350,30 @@ def test_ctrl_c_on_the_launcher_leaves_no_process_and_a_resumable_run(runner):
     until(lambda: not processes_in(runner.folder), 10)
     assert runner.journal()[-1]["type"] == "end" and runner.journal()[-1]["reason"] == "interrupted"
     assert runner.summary()["tokens"] > 0
+    all_hold(runner, argv)
+
+
+@pytest.mark.slow
+def test_the_launcher_starts_again_what_is_killed(runner):
+    argv = runner.write(PAIR, budget={"tokens": 128 * 1500})
+    launch = runner.start("launch.py", *argv, log="launch")
+
+    def kill(*words):
+        children = psutil.Process(launch.pid).children(recursive=True)
+        found = [
+            p for p in children if all(any(w in arg for arg in p.cmdline()) for w in words) and "torch.distributed.run" not in p.cmdline()
+        ]
+        assert found, words
+        found[0].kill()
+
+    until(committed(runner, 2))
+    kill("train.py", "site=a")
+    until(lambda: "a               | process ended" in runner.said("launch"), 30)
+    until(committed(runner, len([r for r in runner.journal() if r["type"] == "commit"]) + 2))
+    kill("coordinator.py")
+    assert launch.wait(200) == 0, runner.said("launch")[-3000:]
+    assert "coordinator     | killed by signal 9; starting it again" in runner.said("launch")
+    assert runner.summary()["tokens"] == 128 * 1500
     all_hold(runner, argv)
 
 
