@@ -31,6 +31,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import zmq
 import zmq.auth
@@ -39,6 +40,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from config import BadInput
 from timeouts import NOTICE_S
+from wire import BLOCK, FORMATS, add_up
 
 POLL_MS = 100
 MAX_HEADER = 1 << 20
@@ -190,6 +192,7 @@ class Hub(Pump):
         self._values: dict[str, bytes] = {}
         self._waiting: list[tuple[bytes, dict, float]] = []
         self._averages: dict[tuple, dict] = {}
+        self._left: dict[int, torch.Tensor] = {}  # chunk -> what a lossy wire left out of the last committed sum by star
         self._allow = AllowList(keys, names)
         self._auth = ThreadAuthenticator(self.context, log=QUIET)
         self._auth.start()
@@ -243,9 +246,13 @@ class Hub(Pump):
     def answer(self, identity: bytes, header: dict, payload=b"") -> None:
         self.post([identity, *pack(header, payload)])
 
-    def attempt(self, round_: int, attempt: int, members: list[str], star: bool) -> None:
+    def attempt(self, round_: int, attempt: int, members: list[str], wire: str, star: bool) -> None:
         """Before an attempt: what is left of others is forgotten; by star, whose chunks to add up, in this order."""
-        self._order({"averages": [round_, attempt, members] if star else None, "why": "the next attempt began"})
+        self._order({"averages": [round_, attempt, members, wire] if star else None, "why": "the next attempt began"})
+
+    def kept(self, round_: int, attempt: int) -> None:
+        """An attempt is committed."""
+        self._order({"kept": [round_, attempt]})
 
     def forget(self, why: str) -> None:
         """An attempt cannot succeed: whoever still waits for a part of it is told so."""
@@ -259,12 +266,16 @@ class Hub(Pump):
             self.socket.send_multipart(parts, copy=False)
             return
         order = json.loads(parts[1])
+        if "kept" in order:
+            if average := self._averages.get(tuple(order["kept"])):
+                self._left = average["left"]
+            return
         asking = [(identity, request) for a in self._averages.values() for c in a["chunks"].values() for identity, request, _ in c.values()]
         asking += [(identity, header["id"]) for identity, header, _ in self._waiting]
         self._values, self._waiting, self._averages = {}, [], {}
         if order["averages"]:
-            round_, attempt, members = order["averages"]
-            self._averages[round_, attempt] = {"members": members, "chunks": {}, "hashes": {}}
+            round_, attempt, members, wire = order["averages"]
+            self._averages[round_, attempt] = {"members": members, "wire": wire, "chunks": {}, "hashes": {}, "left": {}}
         for identity, request in asking:
             with contextlib.suppress(zmq.ZMQError):
                 self.socket.send_multipart([identity, *pack({"type": "reply", "re": request, "error": order["why"]})])
@@ -348,26 +359,30 @@ class Hub(Pump):
         self.answer(identity, {"type": "reply", "re": header["id"], "found": found}, data if found else b"")
 
     def _on_reduce(self, site, identity, header, payload) -> None:
-        """One member's weighted chunk of a star average. When all are here, each gets the sum in member order."""
-        import numpy as np
-
+        """One member's part of a chunk of a star average, as bytes of the wire. When all are here, each gets the sum in member
+        order. What a lossy wire leaves out of it goes into the same chunk of the next average, once this one is committed."""
         average = self._averages.get((header["round"], header["attempt"]))
         if average is None or site not in average["members"]:
             self.answer(identity, {"type": "reply", "re": header["id"], "error": "this attempt is over"})
             return
-        parts = average["chunks"].setdefault(header["index"], {})
-        parts[site] = (identity, header["id"], np.frombuffer(payload, np.float32))
-        if len(parts) == len(average["members"]):
-            total = None
-            for member in average["members"]:
-                total = parts[member][2].copy() if total is None else np.add(total, parts[member][2], out=total)
-            average["hashes"][header["index"]] = hashlib.sha256(total.data).digest()
+        index, blocks = header["index"], len(payload) // FORMATS[average["wire"]].block_bytes
+        parts = average["chunks"].setdefault(index, {})
+        parts[site] = (identity, header["id"], torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        if len({len(data) for _, _, data in parts.values()}) > 1:
+            self.answer(identity, {"type": "reply", "re": parts.pop(site)[1], "error": "a chunk of another size than the others'"})
+        elif len(parts) == len(average["members"]):
+            summed, scratch = torch.empty(len(payload), dtype=torch.uint8), [torch.empty(blocks * BLOCK) for _ in range(2)]
+            ordered = [parts[member][2] for member in average["members"]]
+            left = add_up(average["wire"], ordered, summed, scratch, self._left.get(index))
+            average["left"] |= {} if left is None else {index: left.bfloat16()}
+            total = summed.numpy().data
+            average["hashes"][index] = hashlib.sha256(total).digest()
             if len(average["hashes"]) == header["of"]:  # told before the last answer goes out, so before any vote
                 whole = hashlib.sha256(b"".join(average["hashes"][i] for i in range(header["of"]))).hexdigest()
                 self.inbox.put((site, identity, {"type": "summed", "attempt": header["attempt"], "digest": whole}, b""))
             for member_identity, request, _ in parts.values():
-                self.answer(member_identity, {"type": "reply", "re": request}, total.data)
-            del average["chunks"][header["index"]]
+                self.answer(member_identity, {"type": "reply", "re": request}, total)
+            del average["chunks"][index]
 
     def close(self) -> None:
         if not self._closing.is_set():

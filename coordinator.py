@@ -35,6 +35,7 @@ import report
 import simulate
 import sync
 import timeouts
+import wire
 from channel import Hub, make_keys
 from config import BadInput
 from data import Corpus
@@ -69,7 +70,7 @@ class Coordinator:
         self._lock_folder()
         at_start = self._open_folder()
         self.journal = Journal(self.dir / "journal.jsonl")
-        self.vault = Vault(cfg, self.dir / "state")
+        self.vault = Vault(cfg, self.dir / "state", self._has_written)
         self.run, self.samples = simulate.new_run(cfg, self.traces)
         self.incarnations: dict[str, str] = {}  # of each site's last process
         self.unheard: set[str] = set()  # after a restart: sites that should say hello
@@ -86,6 +87,8 @@ class Coordinator:
         self.panel = report.Panel(cfg, self.vault.run_id, "coordinator")
         self.predicted_end_s = self._predict()
         self.attempt_began = 0.0
+        self.wire_rates: dict[str, float] = {}  # site -> payload bytes/s of its last averages
+        self._choose_wire([])
         self.fetch_id, self.fetches = 0, {}  # site -> its last fetch
         self._receiving: tuple[str, torch.Tensor] | None = None
 
@@ -143,7 +146,7 @@ class Coordinator:
         self.vault.genesis(shape, uuid.uuid4().hex[:12])
         self.epoch = time.time()
         self.journal.add([{
-            "t_s": 0.0, "type": "genesis", "digest": self.vault.digest, "config_digest": config.train_digest(self.cfg),
+            "t_s": 0.0, "type": "genesis", "digest": self.vault.digests[0][0], "config_digest": config.train_digest(self.cfg),
             "schedule_digest": config.schedule_digest(self.cfg), "corpus_digest": self.corpus.digest,
             "wall": {"run_id": self.vault.run_id, "epoch_unix": self.epoch, "versions": config.versions()},
         }])  # fmt: skip
@@ -173,7 +176,8 @@ class Coordinator:
         self.journal.add([{"t_s": round(now_s, 6), "type": "resume", "round": start}])
         self.journal.flush()
         for lost in run.unstored:
-            self.vault.agreed[lost["round"] + 1] = next(r["digest"] for r in held if r["type"] == "commit" and r["round"] == lost["round"])
+            attempt, commit = ([r for r in held if r["type"] == kind and r["round"] == lost["round"]][-1] for kind in ("attempt", "commit"))
+            self.vault.agreed[lost["round"] + 1] = commit["digest"], attempt["wire"]
         while self.samples.next_time() <= now_s:
             t = self.samples.next_time()
             for site, mci in self.samples.due(t):
@@ -385,7 +389,7 @@ class Coordinator:
                 own = {"leases": d["leases"][site], "signal": self._signal(site, self.t, self.t)}
                 self.hub.send(site, header | own | self._spent(site))
         elif action.kind == "attempt":
-            self.hub.attempt(d["round"], d["attempt"], d["members"], star=d["topology"] == "star")
+            self.hub.attempt(d["round"], d["attempt"], d["members"], d["wire"], star=d["topology"] == "star")
             last = max(self.frozen_at.get(s, 0.0) for s in d["members"])
             self.attempt_began = time.monotonic()
             for rank, site in enumerate(d["members"]):
@@ -395,8 +399,9 @@ class Coordinator:
         elif action.kind == "commit":
             made = d["round"] + 1
             if d["attempt"]:
-                self.vault.agreed[made] = d["digest"]
+                self.vault.agreed[made] = d["digest"], d["wire"]
                 self.owed_stores.setdefault(made, self.t)
+                self.hub.kept(d["round"], d["attempt"])
             if d["evaluate"]:
                 self.owed_evals[made] = d["evaluate"]
             for site in d["members"]:
@@ -404,8 +409,7 @@ class Coordinator:
             if d["attempt"]:
                 result, self.result = self.result.get(d["digest"]), {}
                 if result is not None:  # it is here already
-                    whole = {"round": made, "site": "", "name": "delta", "start": 0, "stop": result.numel(), "last": True}
-                    self._stored(whole, sync.raw(result))
+                    self._write(made, "", {"delta": result})
             carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.t))
         elif action.kind == "rollback":
             self.owed_stores, self.owed_evals, self.result = {}, {}, {}
@@ -422,7 +426,7 @@ class Coordinator:
             self.hub.send(action.site, header)
 
     def _send_fetch(self, site: str, round_: int, own_disk: bool = False) -> None:
-        digest = self.vault.digest if round_ == self.run.stored else None
+        digest = self.vault.digests.get(round_, ("",))[0] or None
         self.fetch_id += 1
         self.fetches[site] = self.fetch_id
         self.hub.send(site, {"type": "fetch", "id": self.fetch_id, "round": round_, "digest": digest, "numel": self.vault.numel,
@@ -514,6 +518,7 @@ class Coordinator:
         self.holds[site] = header["round"]
         if not self.virtual and header["download_s"]:  # theta and m
             self._measured(min(self.bytes_per_s, 2 * self.payload_bytes / header["download_s"]))
+            self._choose_wire(list(self.wire_rates))
         self.run.current(self.t, site, header["round"])
 
     def _on_again(self, site: str, header: dict, payload) -> None:
@@ -530,6 +535,9 @@ class Coordinator:
 
     def _on_vote(self, site: str, header: dict, payload) -> None:
         if self.run.now and header["round"] == self.run.now.number:
+            if header["bytes_per_s"]:
+                self.wire_rates[site] = 0.5 * (self.wire_rates.get(site, header["bytes_per_s"]) + header["bytes_per_s"])
+                self._choose_wire(self.run.now.agreement.members if self.run.now.agreement else [])
             if not self.virtual:  # the next leaver needs this long: the last measured sync, old ones fading
                 self.run.sync_s = max(self.t - self.run.now.freeze_s, 0.5 * self.run.sync_s)
                 self._measured(0.5 * (self.bytes_per_s + self.payload_bytes / max(time.monotonic() - self.attempt_began, 1e-3)))
@@ -541,6 +549,21 @@ class Coordinator:
         with contextlib.suppress(BadInput):
             self.timeouts = timeouts.derive(self.cfg, self.payload_bytes, bytes_per_s)
             self.run.attempt_s = self.timeouts.attempt_s
+
+    def _choose_wire(self, members: list[str]) -> None:
+        """sync.wire=auto: by the slowest member's measured rate, or on the virtual clock by sync.link_gbit."""
+        if self.cfg.sync.wire != "auto":
+            return
+        measured = [self.wire_rates[s] for s in members if s in self.wire_rates] or [self.bytes_per_s]
+        rate = self.cfg.sync.link_gbit * 1.25e8 if self.cfg.sync.link_gbit else min(measured)
+        name = wire.choose(self.vault.numel, rate, self.cfg.rounds.train_s)
+        if name != self.run.wire:
+            self.run.wire = name
+            each = ", ".join(f"{f} {wire.num_bytes(f, self.vault.numel) / rate:.2g} s" for f in wire.FORMATS)
+            print(
+                f"{'wire':15} | auto: {name}, at {rate / 1e6:,.1f} MB/s an average takes {each} of {self.cfg.rounds.train_s:g} s",
+                flush=True,
+            )
 
     def _on_failed(self, site: str, header: dict, payload) -> None:
         if self.run.now and header["round"] == self.run.now.number:
@@ -575,37 +598,60 @@ class Coordinator:
         first, last = self.run.stored + 1, self.run.round  # a whole state may skip rounds, an average cannot
         if first <= header["round"] <= (first if header["name"] == "delta" else last):
             try:
-                self._stored(header | {"site": site}, payload)
+                parts = self.vault.receive(header | {"site": site}, payload)
             except ValueError as error:
-                if self.virtual or header["name"] == "delta":
-                    self.run.differs(self.t, site, str(error))
-                else:
-                    self.run.spoiled(self.t, site, header["round"], str(error))
-                    if not self.run.counts_on(site):
-                        self.hub.dismiss(site)  # it says hello anew
+                self._spoiled(site, header["round"], header["name"], error)
+                return
+            if parts is not None and not ("delta" in parts and header["round"] not in self.vault.agreed):  # else: was rolled back
+                self._write(header["round"], site, parts, header.get("digest", ""))
+
+    def _spoiled(self, site: str, round_: int, name: str, error: ValueError) -> None:
+        """What a site sent is not what was agreed, or not what it holds."""
+        if self.virtual or name == "delta":
+            self.run.differs(self.t, site, str(error))
+        else:
+            self.run.spoiled(self.t, site, round_, str(error))
+            if not self.run.counts_on(site):
+                self.hub.dismiss(site)  # it says hello anew
 
     def _on_result(self, header: dict, payload) -> None:
         """A chunk of what some members have agreed on and others lack."""
-        digest = header["digest"]
+        digest, a = header["digest"], self.run.now.agreement if self.run.now else None
         if digest not in self.result:
-            self.result = {}
-            self._receiving = (digest, torch.empty(self.vault.numel)) if header["start"] == 0 else self._receiving
-        if self._receiving is None or self._receiving[0] != digest:
+            if header["start"] == 0:
+                self.result = {}
+                self._receiving = digest, torch.zeros(wire.num_bytes(self.run.now.wire, self.vault.numel) if a else 0, dtype=torch.uint8)
+        if self._receiving is None or self._receiving[0] != digest or header["stop"] > len(self._receiving[1]):
             return
         vector = self._receiving[1]
-        vector[header["start"] : header["stop"]] = torch.frombuffer(bytearray(payload), dtype=torch.float32)
-        if header["last"] and sync.digest(vector, self.cfg.sync.chunk_mb) == digest:
+        sync.raw(vector)[header["start"] : header["stop"]] = payload
+        if header["last"] and a and sync.digest(vector, self.cfg.sync.chunk_mb, self.run.now.wire) == digest:
             self.result = {digest: vector}
             self.run.at_head(self.t, header["attempt"], digest)
 
-    def _stored(self, header: dict, payload) -> None:
-        """One more chunk of a state to store; after the last one it is durable."""
-        round_ = header["round"]
-        if not self.vault.receive(header, payload):
+    def _write(self, round_: int, site: str, parts: dict[str, torch.Tensor], digest: str = "") -> None:
+        """A state is here: have it written, whatever happens to those who hold it."""
+        self.run.writing(round_)
+        self.vault.write(round_, site, parts, digest)
+
+    def _has_written(self, round_: int, site: str, name: str, error: Exception | None) -> None:
+        """In the vault's thread: on to the main one."""
+        self.hub.inbox.put((site, b"", {"type": "written", "round": round_, "name": name, "error": error}, b""))
+
+    def _on_written(self, site: str, header: dict, payload) -> None:
+        """A state is durable, or could not be made."""
+        round_, error = header["round"], header["error"]
+        if isinstance(error, ValueError):
+            self.run.not_written()
+            self._spoiled(site, round_, header["name"], error)
             return
+        if error:
+            raise error
+        if round_ not in self.vault.digests or round_ <= self.run.stored:
+            return  # a second sender's
         made_s = self.owed_stores.pop(round_, self.t) if self.virtual else self.t
         self.owed_stores.pop(round_, None)
-        self.run.store_done(made_s, round_, self.vault.digest, self.vault.digest_m)
+        self.run.store_done(made_s, round_, *self.vault.digests[round_])
         self._complain(self.vault.complaints(round_))
         if made_s < self.t:  # the journal waits at the commit's moment: a state on disk is told of at once
             self._record(self.run.take_records())
@@ -631,12 +677,14 @@ class Coordinator:
         if not self.replay:
             carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.journal.records[-1]["t_s"]))
         self.hub.close()
+        self.vault.close()
         self.journal.close()
         return self.run.code
 
     def give_up(self) -> None:
         """The journal cannot be written: nothing more is told to anyone. The sites hold still; a restart resumes."""
         self.hub.close()
+        self.vault.close()
 
 
 def run_command(argv: list[str]) -> int:

@@ -18,7 +18,7 @@ from config import BadInput
 from ledger import Ledger
 
 # What differs between a live run and its replay from decisions alone.
-MEASURED = ("n", "wall", "digest", "digest_theta", "digest_m")
+MEASURED = ("n", "wall", "digest", "digest_theta", "digest_m", "wire")
 
 
 class Unwritable(RuntimeError):

@@ -2,13 +2,15 @@
 the coordinator and the site's own disk.
 
 theta is the start of the open round and stays untouched until that round is committed; the model's parameters move on
-from it. theta, m and the two buffers are flat fp32 CPU vectors (see sync.py); on several ranks each holds all of them,
-rank 0 speaks to the coordinator and shares what it learns.
+from it. theta, m and theta_i are flat fp32 CPU vectors (see sync.py); on a CPU theta_i *is* the model's parameters, so that
+freezing costs nothing. On several ranks each holds all of them, rank 0 speaks to the coordinator and shares what it
+learns. Digests, files and uploads are made in the background, while the next round trains.
 """
 
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,15 +39,25 @@ class Replica:
         self.rank, self.ranks, self.folder, self.run_id = rank, ranks, folder, run_id
         self.chunk_mb = cfg.sync.chunk_mb
         self.round = -1  # whose start state theta and m are; -1: none
-        self.digest = ""
+        self._digest: Future = Future()  # of theta
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             self.held = Lines(folder / "held.jsonl")
         self.download_s = 0.0  # what the last download took
-        self.mean_of = -1  # the round whose committed average `mean` still is
+        self.agreed_of = -1  # the round whose committed average is still in `averager.agreed`
         self.model: GPT | None = None
         self.inner: Inner | None = None
         self._background: list[threading.Thread] = []
+
+    @property
+    def digest(self) -> str:
+        """Of theta; waits until it is known."""
+        return self._digest.result()
+
+    @digest.setter
+    def digest(self, value: str) -> None:
+        self._digest = Future()
+        self._digest.set_result(value)
 
     # -- from and to the coordinator ----------------------------------------------------------------------------------
 
@@ -55,14 +67,17 @@ class Replica:
         if self.model is None:
             self.model = GPT(self.shape).to(self.device)
             self.flat = sync.Flat(self.model)
-            self.theta, self.m, self.theta_i, self.mean = (torch.zeros(self.flat.numel) for _ in range(4))
+            self.theta, self.m, self.theta_i = (torch.zeros(self.flat.numel) for _ in range(3))
+            self.averager = sync.Averager(self.flat.numel, self.chunk_mb)
+            if self.device.type == "cpu":
+                self.flat.adopt(self.model, self.theta_i)
         if self.flat.numel != numel:
             raise Mismatch(f"the model here has {self.flat.numel} parameters, the run's {numel}")
         self.settle()
         self.download_s = 0.0  # nothing was needed
         if self.rank or (round_ == self.round and digest == self.digest == sync.digest(self.theta, self.chunk_mb)):
             return True
-        self.round = self.mean_of = -1
+        self.round = self.agreed_of = -1
         for _ in range(TRIES):
             began = time.monotonic()
             try:
@@ -85,7 +100,7 @@ class Replica:
         """
         self._share()
         self.round, self.digest = round_, sync.digest(self.theta, self.chunk_mb)
-        self._log("fetch")
+        self._log({"round": round_, "how": "fetch", "result": ""}, self.digest)
         self.restore()
         if self.inner is not None:
             return False
@@ -93,42 +108,50 @@ class Replica:
         return own_disk and self._load_inner()
 
     def _download(self, round_: int, name: str, vector: torch.Tensor) -> None:
-        for a, b in sync.chunks(vector.numel(), self.chunk_mb):
+        into = sync.raw(vector)
+        for a, b in self._spans(vector):
             header, data = self.link.request({"type": "chunk", "round": round_, "name": name, "start": a, "stop": b}, large=True)
-            if not header["found"]:
+            if not header["found"] or len(data) != b - a:
                 raise ChannelError(f"the coordinator has no {name[:12]} of round {round_}")
-            vector[a:b] = torch.frombuffer(bytearray(data), dtype=torch.float32)
+            into[a:b] = data
+
+    def _spans(self, vector: torch.Tensor) -> list[tuple[int, int]]:
+        """[start, stop) byte ranges of at most chunk_mb MiB."""
+        size, step = len(sync.raw(vector)), self.chunk_mb << 20
+        return [(a, min(a + step, size)) for a in range(0, size, step)]
 
     def receive(self, digest: str) -> bool:
-        """The result the others agreed on, into `mean`; False if it did not arrive whole."""
+        """The result the others agreed on, into `averager.agreed`; False if it did not arrive whole."""
+        a = self.averager
         try:
-            self._download(self.round, digest, self.mean)
+            self._download(self.round, digest, a.agreed)
         except ChannelError:
             return False
-        return sync.digest(self.mean, self.chunk_mb) == digest
+        return sync.digest(a.agreed, self.chunk_mb, a.wire) == digest
 
     def give(self, attempt: int, digest: str) -> None:
-        """Send the result in `mean` up, for those who lack it."""
-        self.upload({"result": self.mean}, {"attempt": attempt, "digest": digest})
+        """Send the result up, for those who lack it."""
+        self.upload({"result": self.averager.agreed}, {"attempt": attempt, "digest": digest, "wire": self.averager.wire})
 
     def resend(self) -> None:
         """Send the state we hold once more: the committed average that made it, if we still have it, or the state itself."""
         self.settle()
-        self.upload({"delta": self.mean} if self.mean_of == self.round - 1 else {"theta": self.theta, "m": self.m})
+        self.upload({"delta": self.averager.agreed} if self.agreed_of == self.round - 1 else {"theta": self.theta, "m": self.m})
 
     def upload(self, parts: dict[str, torch.Tensor], about: dict | None = None) -> None:
         """Send vectors that make up the state we now hold, in the background, chunk by chunk."""
         if self.rank:
             return
-        round_, about = self.round, {"digest": self.digest} | (about or {})
-        todo = [(n, v, a, b) for n, v in parts.items() for a, b in sync.chunks(v.numel(), self.chunk_mb)]
+        round_, digest = self.round, self._digest
+        todo = [(n, v, a, b) for n, v in parts.items() for a, b in self._spans(v)]
 
         def send():
             try:
                 self.link.request({"type": "ping"})  # what we said before is heard before
+                whole = about or ({"digest": digest.result()} if "theta" in parts else {})
                 for i, (name, vector, a, b) in enumerate(todo):
                     header = {"type": "upload", "round": round_, "name": name, "start": a, "stop": b, "last": i == len(todo) - 1}
-                    self.link.request(header | about, bytes(sync.raw(vector[a:b])), large=True)
+                    self.link.request(header | whole, bytes(sync.raw(vector)[a:b]), large=True)
             except ChannelError:
                 return  # the coordinator is gone; when it is back it asks for what it lacks
 
@@ -149,7 +172,10 @@ class Replica:
 
     def restore(self) -> None:
         """The model's parameters back to theta."""
-        self.flat.write(self.theta, self.model)
+        self._write(self.theta)
+
+    def _write(self, flat: torch.Tensor) -> None:
+        self.theta_i.copy_(flat) if self.device.type == "cpu" else self.flat.write(flat, self.model)
 
     @contextmanager
     def at_theta(self):
@@ -157,36 +183,44 @@ class Replica:
         moved = self.flat.read(self.model)
         self.restore()
         yield
-        self.flat.write(moved, self.model)
+        self._write(moved)
 
     def freeze(self) -> bool:
         """theta_i from the model; False if it holds anything that is not a finite number."""
-        self.flat.read(self.model, self.theta_i)
-        return bool(torch.isfinite(self.theta_i).all())
+        if self.device.type != "cpu":
+            self.flat.read(self.model, self.theta_i)
+        return sync.all_finite(self.theta_i)
 
-    def average(self, weight: float, reduce_chunk, stepped: bool) -> str:
-        """Our weighted pseudo-gradient, reduced over the members, into `mean`; returns the digest to vote for."""
-        self.settle()  # `mean` may still be on its way to the coordinator
-        self.mean_of = -1
-        return sync.average(self.theta, self.theta_i if stepped else None, weight, reduce_chunk, self.chunk_mb, self.mean)
+    def average(self, weight: float, peers, wire: str, stepped: bool) -> str:
+        """Our weighted pseudo-gradient, averaged over the members, into `averager.agreed`; returns the digest to vote for."""
+        self.settle()  # what was agreed before may still be on its way to the coordinator
+        self.agreed_of = -1
+        self.averager.use(wire)
+        return self.averager.average(self.theta, self.theta_i if stepped else None, weight, peers)
 
-    def apply(self, result: str) -> None:
-        """The outer step with the committed average (digest `result`), the same bits at every member."""
+    def apply(self, result: str, done) -> None:
+        """The outer step with the committed average (digest `result`), the same bits at every member. done(digest of theta, digest
+        of m): called in the background, once they are known."""
+        a = self.averager
+        self.settle()
         if self.rank == 0:
-            self._outer_step()
+            here = self.theta_i if self.device.type == "cpu" else None
+            sync.apply_agreed_(a.agreed, a.wire, self.theta, self.m, self._outer, also=here)
+            a.kept()
         self._share()
-        self.restore()
-        self.mean_of = self.round
-        self._now_holds(self.round + 1, "commit", result)
+        if self.rank or self.device.type != "cpu":
+            self.restore()
+        self.agreed_of = self.round
+        self._now_holds(self.round + 1, "commit", result, done)
 
     def take_own(self) -> dict[str, torch.Tensor]:
         """A local round's result becomes theta: as it is (m = 0), or by an outer step of its own (`rounds.local`).
         Returns the vectors the coordinator needs."""
         self.settle()
-        self.mean_of = -1
+        self.agreed_of = -1
         if self.cfg.rounds.local == "outer":
-            torch.sub(self.theta, self.theta_i, out=self.mean)
-            self._outer_step()
+            for theta, m, theta_i in zip(*(v.split(sync.PIECE) for v in (self.theta, self.m, self.theta_i))):
+                sync.outer_step_(theta, m, theta - theta_i, *self._outer)
             self.restore()
             parts = {"theta": self.theta, "m": self.m}
         else:
@@ -196,29 +230,40 @@ class Replica:
         self._now_holds(self.round + 1, "local")
         return parts
 
-    def _outer_step(self) -> None:
+    @property
+    def _outer(self) -> tuple[str, float, float]:
         r = self.cfg.rounds
-        sync.outer_step_(self.theta, self.m, self.mean, r.outer, r.outer_lr, r.outer_momentum)
+        return r.outer, r.outer_lr, r.outer_momentum
 
-    def _now_holds(self, round_: int, how: str, result: str = "") -> None:
-        self.round, self.digest = round_, sync.digest(self.theta, self.chunk_mb)
-        self._log(how, result)
-        self._save_inner()
+    def _now_holds(self, round_: int, how: str, result: str = "", done=None) -> None:
+        """theta and m are those of a round. Digests, our log and our own disk follow in the background."""
+        self.round, self._digest = round_, Future()
+        digest, inner, about = self._digest, self._snapshot(), {"round": round_, "how": how, "result": result}
 
-    def _log(self, how: str, result: str = "") -> None:
+        def follow():
+            digest.set_result(sync.digest(self.theta, self.chunk_mb))
+            self._log(about, digest.result())
+            if done:
+                done(digest.result(), sync.digest(self.m, self.chunk_mb))
+            if self.rank == 0:
+                self._save_inner(inner, round_, digest.result())
+
+        self._in_background(follow)
+
+    def _log(self, about: dict, digest: str) -> None:
         """One line for each state we come to hold: evidence for `coordinator.py check`."""
         if self.rank == 0:
-            self.held.add({"run_id": self.run_id, "round": self.round, "how": how, "digest": self.digest, "result": result})
+            self.held.add({"run_id": self.run_id, "digest": digest} | about)
 
     @property
     def num_chunks(self) -> int:
-        return len(sync.chunks(self.flat.numel, self.chunk_mb))
+        return len(self.averager.chunks)
 
     def drop(self, keep_disk: bool) -> None:
         """What was on the machine is gone."""
         self.settle()
-        self.model = self.inner = self.theta = self.m = self.theta_i = self.mean = None
-        self.round = self.mean_of = -1
+        self.model = self.inner = self.theta = self.m = self.theta_i = self.averager = None
+        self.round = self.agreed_of = -1
         if not keep_disk and self.rank == 0:
             for path in self._inner_files():
                 path.unlink()
@@ -231,26 +276,24 @@ class Replica:
     def _inner_files(self) -> list[Path]:
         return sorted(self.folder.glob("inner-*.safetensors"))
 
-    def _save_inner(self) -> None:
-        """Inner optimizer state and RNG of the round we now hold, in the background, so that a resume is exact. It is the
-        same on all ranks: rank 0 writes it."""
+    def _snapshot(self) -> dict[str, torch.Tensor]:
+        """What an exact resume needs besides theta: inner optimizer state, RNG, what the wire left out. Rank 0's: it is the same
+        on all ranks."""
         if self.rank:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
+            return {}
         tensors = {k: v.detach().cpu().clone() for k, v in self.inner.tensors().items()}
-        tensors["rng"] = torch.get_rng_state()
-        about = {"run_id": self.run_id, "round": str(self.round), "digest": self.digest}
-        path = self._inner_file(self.round)
+        left = self.averager.residual
+        return tensors | {"rng": torch.get_rng_state()} | ({} if left is None else {"residual": left.clone()})
 
-        def write():
-            try:
-                sync.write_durably(path, lambda tmp: save_file(tensors, tmp, metadata=about))
-            except (OSError, SafetensorError) as error:  # a resume would start it fresh: no reason to stop
-                print(f"{path}: {error}", file=sys.stderr, flush=True)
-            for old in self._inner_files()[:-KEEP_INNER]:
-                old.unlink()
-
-        self._in_background(write)
+    def _save_inner(self, tensors: dict[str, torch.Tensor], round_: int, digest: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        about, path = {"run_id": self.run_id, "round": str(round_), "digest": digest}, self._inner_file(round_)
+        try:
+            sync.write_durably(path, lambda tmp: save_file(tensors, tmp, metadata=about))
+        except (OSError, SafetensorError) as error:  # a resume would start it fresh: no reason to stop
+            print(f"{path}: {error}", file=sys.stderr, flush=True)
+        for old in self._inner_files()[:-KEEP_INNER]:
+            old.unlink()
 
     def _load_inner(self) -> bool:
         path = self._inner_file(self.round)
@@ -266,6 +309,7 @@ class Replica:
             return False
         tensors = load_file(path)
         torch.set_rng_state(tensors.pop("rng"))
+        self.averager.restore(tensors.pop("residual", None))
         self.inner.load(tensors)
         return True
 

@@ -51,6 +51,7 @@ class Facts:
     eval_every_rounds: int
     end_s: float  # the trace or clock.max_hours ends here
     star: bool = False  # averages always go by way of the head node
+    wire: str = "fp32"  # format of the averages; auto: the coordinator chooses
     dead_s: float = 8.0
     attempt_s: float = 60.0  # wall: how long an attempt to average may take
     max_offline_s: float = 600.0
@@ -62,7 +63,8 @@ def facts_of(cfg, end_s: float) -> Facts:
     return Facts(
         {name: per_step / rate for name, rate in rates.items()}, rates, per_step, cfg.budget.tokens // per_step,
         cfg.clock.mode == "virtual", r.train_s, r.sync_s, r.max_steps, r.commit_every_s, r.grace_s,
-        cfg.eval.every_rounds, end_s, cfg.sync.topology == "star", cfg.sync.dead_s, max_offline_s=r.max_offline_s,
+        cfg.eval.every_rounds, end_s, cfg.sync.topology == "star", cfg.sync.wire, cfg.sync.dead_s,
+        max_offline_s=r.max_offline_s,
     )  # fmt: skip
 
 
@@ -91,6 +93,7 @@ class Round:
     gone: dict[str, float] = field(default_factory=dict)  # dead or left out -> since when; nothing of theirs is waited for
     non_finite: tuple[str, int] | None = None  # a site and its step
     agreement: Agreement | None = None  # from the freeze on
+    wire: str = ""  # of the present attempt
     attempt_s: float = INFINITY  # when the present attempt began
     told: dict = field(default_factory=dict)  # what `open` said
 
@@ -119,6 +122,8 @@ class Run:
         self.attempted: dict[int, int] = {}  # of the last rounds: the highest number of an attempt
         self.blown = 0  # rounds running in which nobody had finite numbers
         self.attempt_s = facts.attempt_s  # wall: follows the measured rate
+        self.wire = facts.wire  # of the next attempt
+        self.arrived = -1  # the round whose start state is all here and being written: nobody is asked for it, nobody's death undoes it
         self.reason, self.code = "", 0
         self._power = None  # what the sites' power was last derived from, and
         self._touched: set[str] = set()  # whose own part in it has changed since
@@ -218,7 +223,7 @@ class Run:
         if self.phase == "reduce" and self.facts.timed and self._agreed():
             times.append(self.now.freeze_s + self.sync_s)
         if not self.facts.timed:
-            times.append(min(self.rollback_at, self.store_by if self.unstored else INFINITY, self._patience()))
+            times.append(min(self.rollback_at, self.store_by if self._owed else INFINITY, self._patience()))
         if self.phase == "handover":
             times.append(self.handover_s)
         times.append(self.facts.end_s)
@@ -270,7 +275,7 @@ class Run:
     def _lose_patience(self, t: float) -> None:
         if t >= self.rollback_at:
             self._roll_back(t)
-        elif self.unstored and self.rollback_at == INFINITY and (t >= self.store_by or self.holds.get(self.sender) != self.round):
+        elif self._owed and self.rollback_at == INFINITY and (t >= self.store_by or self.holds.get(self.sender) != self.round):
             if self.asked >= ASKS and self.sender:
                 self._out(t, self.sender, f"did not send the result of round {self.round - 1} when asked {ASKS} times")
             else:
@@ -540,11 +545,11 @@ class Run:
             return
         self.phase, now.attempt_s = "reduce", t
         self.attempted = {r: n for r, n in self.attempted.items() if r >= now.number - 2} | {now.number: a.number}
-        topology = "star" if a.star else "ring"
+        topology, now.wire = "star" if a.star else "ring", self.wire
         self._record(t, "attempt", round=now.number, attempt=a.number, members=a.members, tokens=a.tokens, weights=a.weights,
-                     wire="fp32", topology=topology)  # fmt: skip
+                     wire=now.wire, topology=topology)  # fmt: skip
         self._actions.append(Action("attempt", None, {"round": now.number, "attempt": a.number, "members": a.members,
-                                                      "weights": a.weights, "topology": topology}))  # fmt: skip
+                                                      "weights": a.weights, "wire": now.wire, "topology": topology}))  # fmt: skip
 
     def _attempting(self, site: str, attempt: int) -> bool:
         a = self.now.agreement if self.phase == "reduce" else None
@@ -683,7 +688,7 @@ class Run:
         self.sender = None if a.at_head else (staying or living)[0]
         self.store_by, self.asked = t + self.attempt_s, 0
         self._actions.append(Action("commit", None, {
-            "round": now.number, "members": living, "digest": a.result, "sender": self.sender,
+            "round": now.number, "members": living, "digest": a.result, "wire": now.wire, "sender": self.sender,
             "evaluate": self._evaluator(now.number, (staying or living)[0]), "attempt": a.number,
         }))  # fmt: skip
         self._release(t)
@@ -695,8 +700,24 @@ class Run:
 
     # -- durable states ---------------------------------------------------------------------------------------------
 
+    def writing(self, number: int) -> None:
+        """What makes theta_number is all here, and is being written."""
+        self.arrived = max(self.arrived, number)
+        if not self._owed:
+            self.rollback_at = INFINITY
+
+    def not_written(self) -> None:
+        """It was not what it should have been."""
+        self.arrived = -1
+
+    @property
+    def _owed(self) -> bool:
+        """A committed result is neither durable nor at the head node: only sites hold it."""
+        return bool(self.unstored) and self.unstored[-1]["round"] >= self.arrived
+
     def store_done(self, t: float, number: int, digest_theta: str, digest_m: str) -> None:
         """theta_number and m_number are durable at the coordinator. Commits the local round that made them."""
+        self.arrived = self.arrived if self.arrived > number else -1
         if number <= self.stored or number > self.round:
             return
         self.stored, self.rollback_at, self.spoilt, sender = number, INFINITY, "", self.sender
@@ -735,6 +756,8 @@ class Run:
 
     def _ask_store(self, t: float) -> None:
         """A committed result is not durable and its sender is lost: another holder sends it, or the round is lost."""
+        if not self._owed:
+            return
         holders = [s for s in self.schedule.sites if self.holds.get(s) == self.round]
         self.store_by, self.asked = t + self.attempt_s, self.asked + 1
         if holders:
@@ -838,13 +861,13 @@ class Run:
         """A site counts as dead. Its leases return at the commit; what it put into a finished average stays in it."""
         now = self.now
         self._fault(t, site, "lost", why)
-        voided = [p for p in self.pending if p["site"] == site]
+        voided = [p for p in self.pending if p["site"] == site and p["round"] >= self.arrived]
         if voided:
             for p in voided:
                 self.ledger.give_back(p["batches"])
                 tokens = p["count"] * self.facts.tokens_per_step
                 self._record(t, "cancel", round=p["round"], reason=f"{site} was lost before it was stored", tokens=tokens)
-            self.pending = []
+            self.pending = [p for p in self.pending if p not in voided]
         if now:
             now.gone.setdefault(site, now.silent.pop(site, t))
             if now.agreement:

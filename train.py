@@ -466,7 +466,7 @@ class Site:
         self.note(round=-1, phase="idle")
 
     def _reduce_and_vote(self, plan: Plan, c: dict) -> None:
-        interface, round_, number, group = self.cfg.sync.interface, c["round"], c["attempt"], None
+        interface, round_, number = self.cfg.sync.interface, c["round"], c["attempt"]
         self.note(attempt=number, vote="")
         if c["weight"] and not plan.done:  # the average counts on a delta that we do not have: never put nothing in its place
             self.tell(type="failed", round=round_, attempt=number, reason="nothing is frozen here")
@@ -474,35 +474,33 @@ class Site:
             return
         try:
             if len(c["members"]) == 1:  # the others are gone: our own delta is the result
-                reduce_chunk = sync.alone
+                peers = sync.Alone()
             elif c["topology"] == "star":
-                reduce_chunk = sync.star_reduce(self.link, round_, number, self.replica.num_chunks, c["chunk_s"])
+                peers = sync.Star(self.link, round_, number, self.replica.num_chunks, c["chunk_s"])
             else:
                 store = ChannelStore(self.link, f"{round_}/{number}", c["chunk_s"])
                 group = sync.ring_group(store, c["rank"], len(c["members"]), interface, c["chunk_s"])
-                reduce_chunk = sync.ring_reduce(group, c["chunk_s"])
-            digest = self.replica.average(c["weight"], reduce_chunk, stepped=plan.done > 0)
+                peers = sync.Ring(group, c["rank"], len(c["members"]), c["chunk_s"], c["wire"])
+            digest = self.replica.average(c["weight"], peers, c["wire"], stepped=plan.done > 0)
         except (RuntimeError, ChannelError) as error:
-            reduce_chunk = group = None  # closes its sockets: the other survivors stop waiting, too
+            peers = group = None  # closes its sockets: the other survivors stop waiting, too
             self.tell(type="failed", round=round_, attempt=number, reason=(str(error).splitlines() or ["?"])[0])
             return
-        self._vote(c, digest)
+        self._vote(c, digest, self.replica.averager.rate)
 
-    def _vote(self, c: dict, digest: str) -> None:
+    def _vote(self, c: dict, digest: str, bytes_per_s: float | None = None) -> None:
         self.note(vote=digest)
-        self.tell(type="vote", round=c["round"], attempt=c["attempt"], digest=digest)
+        self.tell(type="vote", round=c["round"], attempt=c["attempt"], digest=digest, bytes_per_s=bytes_per_s)
 
     def _apply(self, c: dict) -> None:
         """The outer step, only with what was committed."""
         if self.rank == 0 and c["digest"] != self.status["vote"]:
             raise Mismatch(f"round {c['round']} was committed with digest {c['digest'][:12]}, ours is {self.status['vote'][:12]}")
-        self.replica.apply(c["digest"])
+        made = c["round"] + 1
+        self.replica.apply(c["digest"], lambda theta, m: self.tell(type="applied", round=made, digest_theta=theta, digest_m=m))
         self.note(phase="idle")
         if c["send"]:
-            self.replica.upload({"delta": self.replica.mean})
-        if self.rank == 0:
-            digest_m = sync.digest(self.replica.m, self.cfg.sync.chunk_mb)
-            self.tell(type="applied", round=self.replica.round, digest_theta=self.replica.digest, digest_m=digest_m)
+            self.replica.upload({"delta": self.replica.averager.agreed})
         if c["eval"]:
             self.evaluate(c)
 

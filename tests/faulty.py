@@ -62,10 +62,11 @@ def build(point: str, round_: int, kind: str) -> None:
     if point == "freeze":  # after FREEZE
         wrap(train.Site, "agree", lambda site, plan, *a: strike(federated(plan)))
     elif point == "reduce":  # after its first chunk
-        plain = sync.chunk_hash
-        sync.chunk_hash = lambda part: (strike(CURRENT["round"]), plain(part))[1]
-        wrap(train.Site, "_reduce_and_vote", lambda site, plan, c: CURRENT.update(round=c["round"]))
-        wrap(train.Site, "_vote", lambda site, c, d: CURRENT.update(round=-1))
+        plain, now = sync.chunk_hash, {"round": -1, "averaging": False}
+        sync.chunk_hash = lambda part: (strike(now["round"] if now["averaging"] else -1), plain(part))[1]
+        wrap(train.Site, "_reduce_and_vote", lambda site, plan, c: now.update(round=c["round"]))
+        off = lambda averager, result, *a: (now.update(averaging=False), result)[1]  # noqa: E731
+        wrap(sync.Averager, "_average", lambda *a: now.update(averaging=True), off)
     elif point == "vote":  # after REDUCE, before VOTE
         wrap(replica.Replica, "average", after=lambda r, result, *a: (strike(r.round), result)[1])
     elif point == "apply":  # after VOTE, before APPLY
@@ -86,7 +87,7 @@ def build(point: str, round_: int, kind: str) -> None:
         wrap(train.Site, "inner_step", lambda site, plan, b: plan.done == 3 and once(federated(plan), round_)
              and next(site.replica.model.parameters()).data.fill_(float("nan")))  # fmt: skip
     elif point == "base":  # theta is not what it was
-        wrap(replica.Replica, "_outer_step", after=lambda r, result: once(r.round, round_) and r.theta[:1].add_(1.0))
+        wrap(replica.Replica, "apply", lambda r, *a: once(r.round, round_) and r.theta[:1].add_(1.0))
     elif point == "corrupt":  # a chunk arrives damaged
 
         def damage(r, result, number, name, vector):
@@ -100,7 +101,7 @@ def build(point: str, round_: int, kind: str) -> None:
             if "theta" in parts and once(r.round - 1, round_):  # a local round's theta
                 parts["theta"] = parts["theta"] + 1.0
             elif "delta" in parts and once(r.round - 1, round_):
-                parts["delta"] = parts["delta"] + 1.0
+                parts["delta"] = parts["delta"] + 1
 
         wrap(replica.Replica, "upload", blot)
     elif point == "digest":  # one member's average differs
@@ -126,7 +127,7 @@ def build(point: str, round_: int, kind: str) -> None:
     elif point == "training":
         wrap(coordinator.Coordinator, "_on_progress", lambda c, site, header, p: strike(header["round"]))
     elif point == "storing":
-        wrap(coordinator.Coordinator, "_stored", lambda c, header, p: strike(header["round"] - 1))
+        wrap(coordinator.Coordinator, "_write", lambda c, round_, *a: strike(round_ - 1))
     else:
         assert point == "none", point
 
@@ -134,7 +135,6 @@ def build(point: str, round_: int, kind: str) -> None:
 if __name__ == "__main__":
     pace_s, where, script, *argv = sys.argv[1:]
     POINT, number, kind = (where.split(":") + ["0", "kill"][where.count(":") :])[:3] if where != "none" else ("none", "0", "kill")
-    CURRENT = {"round": -1}
     name = next((a.removeprefix("site=") for a in argv if a.startswith("site=")), "coordinator")
     MARK = Path(f"fault-{POINT}-{name}")
     build(POINT, int(number), kind)
