@@ -322,6 +322,9 @@ def _check(cfg: Config) -> None:
         for key in ("idle_kw", "provision_s", "startup_s"):
             if site[key] < 0:
                 raise BadInput(f"sites.{name}.{key}={site[key]} must be >= 0")
+        if per_step / site.tokens_per_s > cfg.rounds.train_s and len(cfg.only or cfg.sites) > 1:
+            raise BadInput(f"rounds.train_s={cfg.rounds.train_s:g} must be >= a step of site {name}, {per_step / site.tokens_per_s:g} s "
+                           f"at tokens_per_s={site.tokens_per_s:g}; lower data.tokens_per_step, or make rounds longer")  # fmt: skip
         if (per_step // seq_len) % site.ranks:
             raise BadInput(f"sites.{name}.ranks={site.ranks} must divide the {per_step // seq_len} rows of a step")
     if cfg.sync.wire == "auto" and cfg.clock.mode == "virtual" and cfg.sync.link_gbit is None:

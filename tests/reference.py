@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import sync
+import wire
 from data import Corpus, split_rows
 from model import GPT, shape_of
 from optim import Inner, schedule
@@ -24,6 +25,36 @@ class Trial:
     hand_over_inner: bool = False  # a joiner starts from a copy of the inner state of the site that trained last
 
 
+def average(theta: torch.Tensor, parts: dict, wire_: str, chunk_mb: int, residuals: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The members' average pseudo-gradient as a ring makes it. parts: site -> weight, theta_i (None: a joiner), in member order.
+    residuals change with it."""
+    format_, mean = wire.FORMATS[wire_], torch.zeros_like(theta)
+    for a, b in sync.chunks(theta.numel(), chunk_mb):
+        blocks = -(-(b - a) // wire.BLOCK)
+        encoded, scratch = [], [torch.zeros(blocks * wire.BLOCK) for _ in range(2)]
+        for site, (weight, end) in parts.items():
+            values, data = torch.zeros(blocks * wire.BLOCK), torch.zeros(blocks * format_.block_bytes, dtype=torch.uint8)
+            if end is not None and weight:
+                values[: b - a] = (theta[a:b] - end[a:b]) * torch.tensor(weight)
+            residual = residuals.setdefault(site, torch.zeros(theta.numel(), dtype=torch.bfloat16))[a:b]
+            values[: b - a] += residual
+            format_.encode(values, data, scratch[0])
+            format_.decode(data, scratch[0])
+            residual.copy_((values - scratch[0])[: b - a])
+            encoded.append(data)
+        summed = torch.zeros_like(encoded[0])
+        if len(parts) == 1:
+            summed = encoded[0]
+        elif (left := wire.add_up(wire_, encoded, summed, scratch)) is not None:
+            for i, site in enumerate(parts):  # each member has added up one range, and keeps what its sum lost
+                first, stop = (wire.BLOCK * (blocks * j // len(parts)) for j in (i, i + 1))
+                residuals[site][a + first : min(a + stop, b)].add_(left[first : min(stop, b - a)])
+        whole = torch.empty(blocks * wire.BLOCK)
+        format_.decode(summed, whole)
+        mean[a:b] = whole[: b - a]
+    return mean
+
+
 def train(cfg, records: list[dict], trial: Trial = Trial(), log=lambda committed_tokens, losses: None) -> list[torch.Tensor]:
     """theta before the first and after each committed round. `log` gets the committed tokens before a round and its
     batches' losses by site."""
@@ -35,14 +66,18 @@ def train(cfg, records: list[dict], trial: Trial = Trial(), log=lambda committed
     flat = sync.Flat(start)
     thetas = [flat.read(start)]
     m = torch.zeros(flat.numel)
-    models, inners, opened, committed, members, last = {}, {}, {}, 0, [], None
+    models, inners, opened, attempts, committed, members, last = {}, {}, {}, {}, 0, [], None
+    residuals: dict[str, torch.Tensor] = {}  # site -> what the wire left out of its parts so far
     for record in sorted(records, key=lambda x: (x["t_s"], x["type"] != "commit")):
         if record["type"] == "site" and record["to"] == "off":
             models.pop(record["site"], None)  # what was on the machine is gone
+            residuals.pop(record["site"], None)
             if record["site"] != last or not trial.hand_over_inner:
                 inners.pop(record["site"], None)
         if record["type"] == "open":
             opened[record["round"]] = record
+        if record["type"] == "attempt":
+            attempts[record["round"]] = record
         if record["type"] != "commit":
             continue
         theta, rates = thetas[-1], opened[record["round"]]["rates"]
@@ -94,11 +129,8 @@ def train(cfg, records: list[dict], trial: Trial = Trial(), log=lambda committed
                 theta = theta.clone()
                 sync.outer_step_(theta, m, thetas[-1] - end, *outer)
         else:
-            total = sum(counts.values())
-            mean = torch.zeros_like(theta)
-            for site, end in ends.items():
-                if counts[site]:
-                    mean += (theta - end) * torch.tensor(counts[site] / total)
+            parts = {s: (w, ends.get(s)) for s, w in attempts[record["round"]]["weights"].items()}
+            mean = average(theta, parts, cfg.sync.wire, cfg.sync.chunk_mb, residuals)
             theta = theta.clone()
             sync.outer_step_(theta, m, mean, *outer)
         thetas.append(theta)
