@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all paper lint bench-demo bench-simulate storm bench-recovery ablation referee clean
+.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-sync bench-links bench-flower storm bench-recovery ablation referee clean
 
 FULL := ours paper paper_two_site paper_centralized
 MINI := mini_ours mini_paper mini_two_site mini_centralized
@@ -39,6 +39,21 @@ bench-demo: $(READY)  ## the demo's numbers: time, memory, loss, emissions, stal
 bench-simulate: $(READY)  ## seconds and memory of the simulator: a day, a year, a year of 300 sites
 	$(BIN)/python bench/simulate.py
 
+bench-sync: $(READY)  ## what a sync costs on loopback, its parts and its memory; about 10 minutes, 20 GiB for the last
+	for n in 124e6 280e6; do for k in 2 3; do $(BIN)/python bench/sync.py --params $$n --sites $$k || exit 1; done; done
+	$(BIN)/python bench/sync.py --params 124e6 --outer nesterov
+	$(BIN)/python bench/sync.py --params 561e6
+
+bench-links: $(READY)  ## the same on links of 1 Gbit/s, 100 Mbit/s, 10 Mbit/s: Linux, root; about 20 minutes
+	for w in fp32 bf16 int8; do $(BIN)/python bench/sync.py --params 124e6 --rate 1gbit --wire $$w || exit 1; done
+	for w in fp32 bf16 int8; do $(BIN)/python bench/sync.py --params 30e6 --rate 100mbit --wire $$w || exit 1; done
+	$(BIN)/python bench/sync.py --params 2e6 --rate 10mbit
+	$(BIN)/python bench/sync.py --params 561e6 --rate 1gbit --wire auto --goodput --rounds 4
+
+bench-flower: $(READY)  ## the paper's design on Flower beside ours: arithmetic, then seconds a round; about 10 minutes
+	$(BIN)/python bench/flower/run.py parity
+	for n in 124e6 280e6; do $(BIN)/python bench/sync.py --params $$n --flower || exit 1; done
+
 storm: $(READY)  ## 50 real faults on a real run, then the bill, for three seeds: about 8 minutes each
 	for seed in 1 2 3; do $(BIN)/python bench/storm.py --seed $$seed --faults 50 || exit 1; done
 
@@ -52,4 +67,4 @@ referee: $(READY)  ## our accounting against Vessim's, in an environment of its 
 	$(BIN)/python bench/referee.py
 
 clean:
-	rm -rf $(VENV) .venv-vessim runs data
+	rm -rf $(VENV) .venv-vessim .venv-flower runs data

@@ -75,6 +75,8 @@ VARIANTS = {
     "split-average-half-memory": ("`split-average-half`, momenta remember as many tokens as unsplit", [*SPLIT, *AVERAGE, *HALF],
                                   Trial(momentum_by_tokens=True)),
     "split-average-short": ("**ours**: split, plain averaging, rounds of 3 batches", [*SPLIT, *AVERAGE, *SHORT], Trial()),
+    "wire-bf16": ("ours, averages in bf16", [*SPLIT, *AVERAGE, *SHORT, "sync.wire=bf16"], Trial()),
+    "wire-int8": ("ours, averages in int8", [*SPLIT, *AVERAGE, *SHORT, "sync.wire=int8"], Trial()),
     "split-short": ("split, 1.0 / 0.3, rounds of 3 steps", [*SPLIT, *SHORT], Trial()),
     "split-average-half-lr-down": ("`split-average-half`, learning rate / sqrt(sites)", [*SPLIT, *AVERAGE, *HALF],
                                    Trial(federated_lr=-0.5)),

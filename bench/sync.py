@@ -18,6 +18,7 @@ import atexit
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -108,6 +109,7 @@ def as_coordinator(out: Path, argv: list[str]) -> None:
     """coordinator.py, which notes how far apart the heartbeats of each site come in."""
     import channel
     import coordinator
+    import train
 
     heard, gaps, plain = {}, {}, channel.Hub._on_heartbeat
 
@@ -119,6 +121,7 @@ def as_coordinator(out: Path, argv: list[str]) -> None:
         plain(hub, site, *args)
 
     channel.Hub._on_heartbeat = listen
+    train.die_with_parent()
     atexit.register(lambda: out.write_text(json.dumps(gaps)))
     sys.argv = ["coordinator.py", *argv]
     config.command(coordinator.main)
@@ -214,7 +217,9 @@ def measure(args, folder: Path) -> dict:
         return process
 
     try:
-        subprocess.run([sys.executable, str(REPO / "coordinator.py"), "keys", "config.yaml"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, str(REPO / "coordinator.py"), "keys", "config.yaml"], cwd=folder, check=True, stdout=subprocess.DEVNULL
+        )
         head = start("coordinator", 0, "--coordinator", "coordinator.json", "config.yaml")
         outs = {name: folder / f"{name}.json" for name in names}
         sites = [start(n, 1 + i, "--site", f"{n}.json", str(args.rounds), "config.yaml", f"site={n}") for i, n in enumerate(names)]
@@ -289,9 +294,25 @@ def lines(r: dict) -> str:
     if h:
         rows.append(f"  heartbeats            every {h['p50']:.2f} s, at most {h['max']:.2f} s apart; due every {h['due']:g} s")
     rows += [f"  wire                  {line}" for line in r["auto"]]
+    for name, share in r.get("goodput", {}).items():
+        rows.append(f"  goodput               {100 * share:.1f} % on the paper's timeline {name}")
     if f := r.get("flower"):
         rows.append(f"  Flower, a round       p50 {f['p50_s']:.1f} s: {f['p50_s'] / s['p50']:.0f} x the stall")
     return "\n".join(rows)
+
+
+def goodput(sync_s: float) -> dict[str, float]:
+    """Training time over up time on the paper's day: by its own protocol, and by ours with what a sync was measured to cost."""
+    import simulate
+
+    runs = {
+        "by its own protocol (130 s a round)": ("paper", []),
+        f"by ours ({sync_s:.2f} s a round)": ("ours", [f"rounds.sync_s={sync_s}"]),
+    }
+    trace = f"carbon.trace={REPO / 'traces/paper_day.csv'}"
+    return {
+        name: simulate.simulate(config.load([str(REPO / f"configs/{c}.yaml"), trace, *more]))["goodput"] for name, (c, more) in runs.items()
+    }
 
 
 def flower(args, params: int) -> dict:
@@ -312,16 +333,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--chunk-mb", type=int, default=16)
     parser.add_argument("--train-s", type=float, default=600.0, help="rounds.train_s, which `auto` looks at")
     parser.add_argument("--timeout-s", type=float, default=1500.0)
+    parser.add_argument("--goodput", action="store_true", help="also simulate the paper's day with this stall")
     parser.add_argument("--flower", action="store_true", help="also Flower, clients that only echo")
     parser.add_argument("--flower-rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     if args.rate:
         bits_per_s(args.rate)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(config.EXIT_FAILED))  # by way of every `finally`
     if args.sites < 2 or args.rounds < 2:
         raise config.BadInput(f"--sites {args.sites} --rounds {args.rounds}: both must be >= 2")
     with tempfile.TemporaryDirectory(prefix="curtail-sync-") as folder:
         result = report(args, measure(args, Path(folder)))
+    if args.goodput:
+        result["goodput"] = goodput(result["stall_s"]["p50"])
     if args.flower:
         result["flower"] = flower(args, result["params"])
     print(lines(result), file=sys.stderr if args.json else sys.stdout)

@@ -167,7 +167,7 @@ class World:
         for name in self.names:
             self.run.observe(self.t, name, self.signal[name])
         self.run.schedule.resume()
-        self.restarted, self.results = self.t, set()
+        self.restarted, self.results, self.being_written = self.t, set(), []
         for site in self.sites.values():
             site.up, site.down = [], []
 
@@ -203,6 +203,8 @@ class World:
         site.down.append((kind, data))
 
     def act(self, dies=False):
+        if self.being_written:
+            self.written()
         for name, site in self.run.schedule.sites.items():
             if site.state == "provisioning" and self.processes[name]:
                 self.run.provisioned(self.t, name)
@@ -268,8 +270,16 @@ class World:
             run.evaluated(t, d[0], 1.0, 1.0)
 
     def store(self, round_: int, theta: str):
-        if not self.run.stored < round_ <= self.run.round:
-            return
+        """A whole state is here: it is written in the background, and durable some time later."""
+        if self.run.stored < round_ <= self.run.round:
+            self.run.writing(round_)
+            self.being_written.append((round_, theta))
+
+    def written(self):
+        round_, theta = self.being_written.pop(0)
+        if round_ <= self.run.stored:
+            return  # a second sender's
+        assert round_ <= self.run.round, "what is being written was undone"
         self.stored = {r: x for r, x in self.stored.items() if r < round_} | {round_: theta}
         self.run.store_done(self.t, round_, theta, "m")
 
@@ -277,6 +287,9 @@ class World:
 
     def deliver(self, site: Site, choice: int, orderly: bool):
         """One message, either way; now and then twice, or before its turn."""
+        if self.being_written and (orderly or choice % 5 == 0):
+            self.written()
+            self.settle()
         if site.up and (choice % 2 or not site.down) and self.processes[site.name] is site:
             i = 0 if orderly or choice % 7 or site.up[-1][0] == "upload" else min(1, len(site.up) - 1)  # it follows `frozen`
             message = site.up[i]

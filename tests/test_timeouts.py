@@ -4,6 +4,7 @@ from dataclasses import astuple
 from types import SimpleNamespace
 
 import pytest
+from conftest import CLEAN
 from hypothesis import given
 from hypothesis import strategies as st
 from test_schedule import make_run
@@ -128,6 +129,46 @@ def test_when_the_sender_of_a_result_may_be_dying_another_sends_it_at_once():
     assert [(a.kind, a.site) for a in run.take()[1]] == [("resend", "b")]
     run.lost(61.3, "b", "closed", sure=False)
     assert [(a.kind, a.site) for a in run.take()[1] if a.kind == "resend"] == [("resend", "a")]
+
+
+def test_a_result_that_is_being_written_needs_no_site_any_more():
+    run = open_round()
+    committed_round(run)
+    run.writing(1)
+    run.hurry_store(61.1, "a")
+    for site in "abc":
+        run.lost(61.5, site, "killed", sure=False)
+    for t in (62.0, 80.0, 200.0):
+        run.advance(t)
+    records, actions = run.take()
+    assert "rollback" not in [r["type"] for r in records] and not [a for a in actions if a.kind == "resend"]
+    run.store_done(201.0, 1, "theta", "m")
+    assert run.stored == run.round == 1 and not run.unstored
+
+
+def test_a_result_that_was_written_wrongly_is_asked_for_again():
+    run = open_round()
+    committed_round(run)
+    run.writing(1)
+    run.not_written()
+    run.differs(61.2, "a", "sent another result")
+    run.advance(61.3)
+    assert [a.site for a in run.take()[1] if a.kind == "resend"] == ["b"]
+
+
+def test_a_local_round_that_is_being_written_outlives_its_site():
+    run, samples = make_run({"a": [CLEAN] * 10}, rates={"a": 1.0}, timed=False, budget=100, commit_every_s=60.0)
+    for site, mci in samples.due(0.0):
+        run.observe(0.0, site, mci)
+    run.advance(0.0)
+    run.provisioned(0.0, "a")
+    run.current(0.0, "a", 0)
+    run.frozen(60.0, "a", 6)
+    run.writing(1)
+    run.lost(60.5, "a", "killed", sure=True)
+    run.store_done(61.0, 1, "theta", "m")
+    kinds = [r["type"] for r in run.take()[0]]
+    assert run.stored == run.round == 1 and "commit" in kinds and run.ledger.num_committed == 6
 
 
 def test_tokens_that_were_trained_in_vain_are_in_the_record():
