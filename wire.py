@@ -46,7 +46,7 @@ class INT8:
 
     def encode(self, values: Tensor, data: Tensor, scratch: Tensor) -> None:
         blocks, rows, scratch = data.view(-1, self.block_bytes), values.view(-1, BLOCK), scratch.view(-1, BLOCK)
-        scales = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_()).div_(127.0)
+        scales = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_()).abs_().div_(127.0)  # never -0.0
         blocks[:, :4].view(torch.float32).copy_(scales)
         inverse = scales.reciprocal_().nan_to_num_(0.0, 0.0, 0.0)  # a block of zeros, or of numbers too small to count
         blocks[:, 4:].view(torch.int8).copy_(torch.mul(rows, inverse, out=scratch).round_())

@@ -58,13 +58,20 @@ def test_two_sites_equal_the_single_process_reference_bit_for_bit(runner, change
     assert torch.equal(runner.theta(), thetas[-1])
 
 
-def test_ring_and_star_give_two_members_the_same_bits(runner):
-    argv = runner.write(PAIR)
+@pytest.mark.parametrize("wire", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_ring_and_star_give_the_same_bits(runner, wire):
+    """For good in fp32. A lossy star's head node keeps what its sums lost, in a ring the members do: the first round is the same."""
+    argv = runner.write(PAIR, sync={"wire": wire})
     for run in ("ring", "star"):
         assert runner.run([*argv, f"run={run}", f"sync.topology={run}"], ["a", "b"]) == 0, runner.said()
-    assert torch.equal(runner.theta("ring"), runner.theta("star"))
+        assert all(ok for ok, _ in check(runner.journal(run), 40))
     digests = [[r["digest"] for r in runner.journal(run) if r["type"] == "commit"] for run in ("ring", "star")]
-    assert digests[0] == digests[1] and len(digests[0]) >= 4
+    assert digests[0][0] == digests[1][0] and len(digests[0]) >= 4
+    if wire == "fp32":
+        assert digests[0] == digests[1] and torch.equal(runner.theta("ring"), runner.theta("star"))
+    else:
+        losses = [runner.summary(run)["val_loss"] for run in ("ring", "star")]
+        assert abs(losses[0] / losses[1] - 1) < 0.01
 
 
 # a alone, then a + b, then c comes on in the middle of one of their rounds, then a's window closes, then only c.
