@@ -20,7 +20,6 @@ long. Anything that must be decided is put into `inbox` for the main thread.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -35,6 +34,7 @@ import torch
 import torch.distributed as dist
 import zmq
 import zmq.auth
+from blake3 import blake3
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
@@ -275,7 +275,7 @@ class Hub(Pump):
         self._values, self._waiting, self._averages = {}, [], {}
         if order["averages"]:
             round_, attempt, members, wire = order["averages"]
-            self._averages[round_, attempt] = {"members": members, "wire": wire, "chunks": {}, "hashes": {}, "left": {}}
+            self._averages[round_, attempt] = {"members": members, "wire": wire, "chunks": {}, "hashed": blake3(), "summed": 0, "left": {}}
         for identity, request in asking:
             with contextlib.suppress(zmq.ZMQError):
                 self.socket.send_multipart([identity, *pack({"type": "reply", "re": request, "error": order["why"]})])
@@ -376,9 +376,10 @@ class Hub(Pump):
             left = add_up(average["wire"], ordered, summed, scratch, self._left.get(index))
             average["left"] |= {} if left is None else {index: left.bfloat16()}
             total = summed.numpy().data
-            average["hashes"][index] = hashlib.sha256(total).digest()
-            if len(average["hashes"]) == header["of"]:  # told before the last answer goes out, so before any vote
-                whole = hashlib.sha256(b"".join(average["hashes"][i] for i in range(header["of"]))).hexdigest()
+            average["hashed"].update(total)  # members send a chunk when they have the one before: they are complete in order
+            average["summed"] += 1
+            if average["summed"] == header["of"]:  # told before the last answer goes out, so before any vote
+                whole = average["hashed"].hexdigest()
                 self.inbox.put((site, identity, {"type": "summed", "attempt": header["attempt"], "digest": whole}, b""))
             for member_identity, request, _ in parts.values():
                 self.answer(member_identity, {"type": "reply", "re": request}, total)

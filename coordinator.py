@@ -516,8 +516,9 @@ class Coordinator:
         if header["id"] != self.fetches.get(site):
             return  # from before it was told to drop everything
         self.holds[site] = header["round"]
-        if not self.virtual and header["download_s"]:  # theta and m
-            self._measured(min(self.bytes_per_s, 2 * self.payload_bytes / header["download_s"]))
+        if not self.virtual and header["download_s"]:
+            vectors = 1 if self.cfg.rounds.outer == "none" else 2  # theta, and m
+            self._measured(min(self.bytes_per_s, vectors * self.payload_bytes / header["download_s"]))
             self._choose_wire(list(self.wire_rates))
         self.run.current(self.t, site, header["round"])
 
@@ -625,7 +626,7 @@ class Coordinator:
             return
         vector = self._receiving[1]
         sync.raw(vector)[header["start"] : header["stop"]] = payload
-        if header["last"] and a and sync.digest(vector, self.cfg.sync.chunk_mb, self.run.now.wire) == digest:
+        if header["last"] and a and sync.digest(vector) == digest:
             self.result = {digest: vector}
             self.run.at_head(self.t, header["attempt"], digest)
 

@@ -75,18 +75,19 @@ class Replica:
             raise Mismatch(f"the model here has {self.flat.numel} parameters, the run's {numel}")
         self.settle()
         self.download_s = 0.0  # nothing was needed
-        if self.rank or (round_ == self.round and digest == self.digest == sync.digest(self.theta, self.chunk_mb)):
+        if self.rank or (round_ == self.round and digest == self.digest == sync.digest(self.theta)):
             return True
         self.round = self.agreed_of = -1
         for _ in range(TRIES):
             began = time.monotonic()
             try:
                 self._download(round_, "theta", self.theta)
-                self._download(round_, "m", self.m)
+                if self.cfg.rounds.outer != "none":  # else it is zero, and not even touched
+                    self._download(round_, "m", self.m)
             except ChannelError:
                 return False
             self.download_s = time.monotonic() - began
-            self.digest = sync.digest(self.theta, self.chunk_mb)
+            self.digest = sync.digest(self.theta)
             if digest is None or self.digest == digest:
                 return True
             print(f"round {round_} arrived with digest {self.digest[:12]}, the coordinator's is {digest[:12]}; again", flush=True)
@@ -99,7 +100,7 @@ class Replica:
         says it may (a resume, or keep_disk); True if so. Else it starts fresh.
         """
         self._share()
-        self.round, self.digest = round_, sync.digest(self.theta, self.chunk_mb)
+        self.round, self.digest = round_, sync.digest(self.theta)
         self._log({"round": round_, "how": "fetch", "result": ""}, self.digest)
         self.restore()
         if self.inner is not None:
@@ -127,7 +128,7 @@ class Replica:
             self._download(self.round, digest, a.agreed)
         except ChannelError:
             return False
-        return sync.digest(a.agreed, self.chunk_mb, a.wire) == digest
+        return sync.digest(a.agreed) == digest
 
     def give(self, attempt: int, digest: str) -> None:
         """Send the result up, for those who lack it."""
@@ -160,7 +161,7 @@ class Replica:
     def _share(self) -> None:
         """Rank 0's theta and m on all ranks."""
         if self.ranks > 1:
-            for vector in (self.theta, self.m):
+            for vector in (self.theta,) if self.cfg.rounds.outer == "none" else (self.theta, self.m):
                 there = vector.to(self.device)
                 dist.broadcast(there, 0)
                 vector.copy_(there)
@@ -225,7 +226,8 @@ class Replica:
             parts = {"theta": self.theta, "m": self.m}
         else:
             self.theta.copy_(self.theta_i)
-            self.m.zero_()
+            if self.cfg.rounds.outer != "none":
+                self.m.zero_()
             parts = {"theta": self.theta}
         self._now_holds(self.round + 1, "local")
         return parts
@@ -241,10 +243,10 @@ class Replica:
         digest, inner, about = self._digest, self._snapshot(), {"round": round_, "how": how, "result": result}
 
         def follow():
-            digest.set_result(sync.digest(self.theta, self.chunk_mb))
+            digest.set_result(sync.digest(self.theta))
             self._log(about, digest.result())
             if done:
-                done(digest.result(), sync.digest(self.m, self.chunk_mb))
+                done(digest.result(), sync.digest(self.m))
             if self.rank == 0:
                 self._save_inner(inner, round_, digest.result())
 

@@ -5,7 +5,7 @@ its own theta_i (end of the round), and trained n_i tokens:
 
     delta_i = theta - theta_i                         pseudo-gradient, note the sign
     delta   = sum_i  n_i / sum(n)  x  delta_i         chunk by chunk, added in member order, never in place on theta
-    vote    : SHA-256 over the chunks of delta        equal at all members, or nothing is committed
+    vote    : BLAKE3 digest of delta                  equal at all members, or nothing is committed
     theta  <- outer step (theta, m, delta)            same bits everywhere: separate multiplies and adds
 
 A chunk is a small coroutine; what it does between two yields happens while another chunk is on the wire:
@@ -21,7 +21,6 @@ next average; it counts only once the average is committed. A joiner takes part 
 it current. theta, theta_i, m are flat fp32 CPU vectors over all parameters (`Flat` says in which order).
 """
 
-import hashlib
 import json
 import os
 import time
@@ -32,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ def ring_group(store: dist.Store, rank: int, size: int, interface: str, timeout_
     return dist.ProcessGroupGloo(store, rank, size, options)
 
 
-class Wire:
+class Courier:
     """One thread that carries out jobs in order, and the time it was busy with all but the first (which waits for the slowest
     member to begin). After one has failed the others fail, too."""
 
@@ -222,29 +222,28 @@ class Averager:
             raise error.with_traceback(None)  # else it would keep the group, and so its sockets, alive
 
     def _average(self, theta: Tensor, theta_i: Tensor | None, weight: float, peers) -> str:
-        hashes: list[bytes] = []
-        wire, running, waiting = Wire(), deque(), enumerate(self.chunks)
+        hashed, courier, running, waiting = blake3(), Courier(), deque(), enumerate(self.chunks)
         try:
             while True:
                 while len(running) < IN_FLIGHT and (following := next(waiting, None)):
-                    self._start(self._chunk(*following, theta, theta_i, weight, peers, hashes), wire, running)
+                    self._start(self._chunk(*following, theta, theta_i, weight, peers, hashed), courier, running)
                 if not running:
                     break
                 chunk, job = running.popleft()
                 job.result()
-                self._start(chunk, wire, running)
+                self._start(chunk, courier, running)
         finally:
-            wire.close()
+            courier.close()
         self.sent_bytes = peers.bytes
-        self.rate = len(self.agreed) * (wire.jobs - 1) / wire.jobs / wire.busy_s if wire.busy_s else None
-        return hashlib.sha256(b"".join(hashes)).hexdigest()
+        self.rate = len(self.agreed) * (courier.jobs - 1) / courier.jobs / courier.busy_s if courier.busy_s else None
+        return hashed.hexdigest()
 
-    def _start(self, chunk, wire: Wire, running: deque) -> None:
+    def _start(self, chunk, courier: Courier, running: deque) -> None:
         """Let a chunk do what it does before its next job, and queue that job."""
         if job := next(chunk, None):
-            running.append((chunk, wire.submit(job)))
+            running.append((chunk, courier.submit(job)))
 
-    def _chunk(self, index: int, span: tuple[int, int], theta, theta_i, weight: float, peers, hashes: list[bytes]):
+    def _chunk(self, index: int, span: tuple[int, int], theta, theta_i, weight: float, peers, hashed):
         a, b = span
         for first in range(a, b, PIECE):
             self._prepare(first, min(first + PIECE, b), theta, theta_i, weight)
@@ -257,7 +256,7 @@ class Averager:
                 mine.add_(left[: len(mine)])
 
         yield from peers.reduce(index, data, self._inboxes[index % IN_FLIGHT], add)
-        hashes.append(chunk_hash(data))
+        hashed.update(raw(data))  # chunks come to this in order
 
     def _prepare(self, a: int, b: int, theta, theta_i, weight: float) -> None:
         """Our part of elements [a, b) as bytes of the wire."""
@@ -341,20 +340,9 @@ def raw(flat: Tensor) -> memoryview:
     return memoryview(flat.numpy()).cast("B")
 
 
-def chunk_hash(part: Tensor) -> bytes:
-    return hashlib.sha256(raw(part)).digest()
-
-
-def chunk_bytes(wire: str, chunk_mb: int) -> int:
-    return num_bytes(wire, chunk_mb << 18)
-
-
-def digest(flat: Tensor, chunk_mb: int, wire: str = "fp32") -> str:
-    """SHA-256 over the SHA-256 of each chunk of a vector, or of agreed bytes."""
-    total, data = hashlib.sha256(), flat.view(torch.uint8)
-    for part in data.split(chunk_bytes(wire, chunk_mb)):
-        total.update(chunk_hash(part))
-    return total.hexdigest()
+def digest(flat: Tensor) -> str:
+    """BLAKE3 of a vector, or of agreed bytes: cryptographic, and five times as fast as SHA-256 here."""
+    return blake3(raw(flat)).hexdigest()
 
 
 def fsync_dir(folder: Path) -> None:

@@ -26,7 +26,6 @@ class Vault:
 
     def __init__(self, cfg, folder: Path, written: Callable[[int, str, str, Exception | None], None] = lambda *_: None):
         self.cfg, self.states = cfg, sync.StateFolder(folder)
-        self.chunk_mb = cfg.sync.chunk_mb
         self.run_id = ""
         self.digests: dict[int, tuple[str, str]] = {}  # round -> digests of theta and m, of the last rounds written
         self.round, self._written = 0, written
@@ -68,7 +67,7 @@ class Vault:
             self.theta, self.m = self.states.load(round_)
         except ValueError as error:
             return str(error)
-        found = sync.digest(self.theta, self.chunk_mb), sync.digest(self.m, self.chunk_mb)
+        found = sync.digest(self.theta), sync.digest(self.m)
         self.digests = {round_: found}
         for name, digest in zip(("theta", "m"), found):
             if digest != state[f"digest_{name}"]:
@@ -112,18 +111,18 @@ class Vault:
         if "delta" in parts:
             if agreed is None or self.round != round_ - 1:
                 raise ValueError(f"sent the result of round {round_ - 1}, which does not follow on round {self.round}")
-            if sync.digest(parts["delta"], self.chunk_mb, agreed[1]) != agreed[0]:
+            if sync.digest(parts["delta"]) != agreed[0]:
                 raise ValueError(f"sent another result of round {round_ - 1} than was agreed")
             r = self.cfg.rounds
             sync.apply_agreed_(parts["delta"], agreed[1], self.theta, self.m, (r.outer, r.outer_lr, r.outer_momentum))
-        elif "theta" not in parts or sync.digest(parts["theta"], self.chunk_mb) != digest:
+        elif "theta" not in parts or sync.digest(parts["theta"]) != digest:
             raise ValueError(f"sent another theta of round {round_} than it holds")
         else:
             self.theta = parts["theta"].view(torch.float32)
             self.m = parts["m"].view(torch.float32) if "m" in parts else torch.zeros(self.numel)
 
     def _save(self, round_: int) -> None:
-        digest, digest_m = sync.digest(self.theta, self.chunk_mb), sync.digest(self.m, self.chunk_mb)
+        digest, digest_m = sync.digest(self.theta), sync.digest(self.m)
         facts = {"run_id": self.run_id, "digest_theta": digest, "digest_m": digest_m, "config_digest": config.train_digest(self.cfg)}
         try:
             self.states.save(round_, self.theta, self.m, facts)

@@ -101,7 +101,7 @@ def parts_of(site) -> dict:
         "delta_pass_s": seconds(lambda: sync.weighted_delta(r.theta, r.theta_i, 0.5, buffer)),
         "bare_allreduce_s": seconds(lambda: group.allreduce([buffer]).wait()),
         "outer_step_s": seconds(lambda: sync.outer_step_(r.theta, r.m, buffer, *r._outer)),
-        "digest_s": seconds(lambda: sync.digest(a.agreed, r.chunk_mb, a.wire)),
+        "digest_s": seconds(lambda: sync.digest(a.agreed)),
     }
 
 

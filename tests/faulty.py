@@ -61,12 +61,10 @@ def build(point: str, round_: int, kind: str) -> None:
 
     if point == "freeze":  # after FREEZE
         wrap(train.Site, "agree", lambda site, plan, *a: strike(federated(plan)))
-    elif point == "reduce":  # after its first chunk
-        plain, now = sync.chunk_hash, {"round": -1, "averaging": False}
-        sync.chunk_hash = lambda part: (strike(now["round"] if now["averaging"] else -1), plain(part))[1]
+    elif point == "reduce":  # after the first exchange of a chunk
+        now = {"round": -1}
         wrap(train.Site, "_reduce_and_vote", lambda site, plan, c: now.update(round=c["round"]))
-        off = lambda averager, result, *a: (now.update(averaging=False), result)[1]  # noqa: E731
-        wrap(sync.Averager, "_average", lambda *a: now.update(averaging=True), off)
+        wrap(sync.Courier, "_do", after=lambda *a: strike(now["round"]))
     elif point == "vote":  # after REDUCE, before VOTE
         wrap(replica.Replica, "average", after=lambda r, result, *a: (strike(r.round), result)[1])
     elif point == "apply":  # after VOTE, before APPLY

@@ -90,8 +90,8 @@ def three_rounds(folder) -> dict[int, str]:
     states, known = StateFolder(folder), {}
     for r in range(3):
         theta, m = torch.full((500,), float(r)), torch.full((500,), -float(r))
-        known[r] = digest(theta, 1)
-        states.save(r, theta, m, {"run_id": "x", "digest_theta": known[r], "digest_m": digest(m, 1)})
+        known[r] = digest(theta)
+        states.save(r, theta, m, {"run_id": "x", "digest_theta": known[r], "digest_m": digest(m)})
     return known
 
 

@@ -80,7 +80,7 @@ def test_all_members_end_with_the_same_bits_and_theta_is_as_it_was(numel, tokens
     each = [Averager(numel, 1) for _ in tokens]
     votes = together(each, theta, ends, weights, wire_)
     assert len(set(votes)) == 1 and all(torch.equal(a.agreed, each[0].agreed) for a in each)
-    assert votes[0] == sync.digest(each[0].agreed, 1, wire_)
+    assert votes[0] == sync.digest(each[0].agreed)
     assert torch.equal(theta, before) and all(map(torch.equal, ends, kept))
     exact = sum(w * (theta - e).double() for w, e in zip(weights, ends))
     worst = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.05}[wire_]  # of the largest, about 5

@@ -30,7 +30,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent.parent
 APP = Path(__file__).resolve().parent / "app"
 FLOWER = "flwr==1.25.0"
-OURS = ("torch", "numpy", "omegaconf", "safetensors", "tokenizers", "pyarrow")  # what model, optim, data, config, sync import
+OURS = ("torch", "numpy", "omegaconf", "safetensors", "blake3", "tokenizers", "pyarrow")  # what model, optim, data, config, sync import
 BOUND = 1e-6
 TRIES = 3
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
