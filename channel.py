@@ -480,6 +480,10 @@ class Link(Pump):
     def request(self, header: dict, payload=b"", timeout_s: float = 60.0, large: bool = False) -> tuple[dict, memoryview]:
         """Send and wait for the answer. Raises ChannelError after timeout_s, or once the coordinator counts as dead. large: the
         request or its answer is; it takes the lane, and so may overtake what was sent before."""
+        return self.ask(header, payload, timeout_s, large)()
+
+    def ask(self, header: dict, payload=b"", timeout_s: float = 60.0, large: bool = False):
+        """Send; returns what waits for the answer, as `request` does."""
         with self._lock:
             self._next_id += 1
             number = self._next_id
@@ -490,18 +494,22 @@ class Link(Pump):
             self._lane.post(pack(header | {"id": number, "lane_of": self.hello["incarnation"]}, payload))
         else:
             self.send(header | {"id": number}, payload)
-        until = time.monotonic() + timeout_s
-        try:
-            while time.monotonic() < until and self.silent_s() < self.dead_s:
-                with contextlib.suppress(queue.Empty):
-                    answer = box.get(timeout=min(0.5, timeout_s))
-                    if "error" in answer[0]:
-                        raise ChannelError(answer[0]["error"])
-                    return answer
-            why = f"within {timeout_s:.1f} s" if time.monotonic() >= until else f"and no heartbeat for {self.dead_s:g} s"
-            raise ChannelError(f"no answer to {header['type']} from the coordinator at {self.address} {why}")
-        finally:
-            self._replies.pop(number, None)
+
+        def wait() -> tuple[dict, memoryview]:
+            until = time.monotonic() + timeout_s
+            try:
+                while time.monotonic() < until and self.silent_s() < self.dead_s:
+                    with contextlib.suppress(queue.Empty):
+                        answer = box.get(timeout=min(0.5, timeout_s))
+                        if "error" in answer[0]:
+                            raise ChannelError(answer[0]["error"])
+                        return answer
+                why = f"within {timeout_s:.1f} s" if time.monotonic() >= until else f"and no heartbeat for {self.dead_s:g} s"
+                raise ChannelError(f"no answer to {header['type']} from the coordinator at {self.address} {why}")
+            finally:
+                self._replies.pop(number, None)
+
+        return wait
 
     def silent_s(self) -> float:
         """Seconds since the coordinator was last heard."""

@@ -67,7 +67,7 @@ class Replica:
         if self.model is None:
             self.model = GPT(self.shape).to(self.device)
             self.flat = sync.Flat(self.model)
-            self.theta, self.m, self.theta_i = (torch.zeros(self.flat.numel) for _ in range(3))
+            self.theta, self.m, self.theta_i = (sync.zeros(self.flat.numel) for _ in range(3))
             self.averager = sync.Averager(self.flat.numel, self.chunk_mb)
             if self.device.type == "cpu":
                 self.flat.adopt(self.model, self.theta_i)

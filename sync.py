@@ -8,14 +8,14 @@ its own theta_i (end of the round), and trained n_i tokens:
     vote    : BLAKE3 digest of delta                  equal at all members, or nothing is committed
     theta  <- outer step (theta, m, delta)            same bits everywhere: separate multiplies and adds
 
-A chunk is a small coroutine; what it does between two yields happens while another chunk is on the wire:
+A chunk is a small coroutine; what it does between two messages happens while other chunks are on the wire:
 
     ring    prepare -> EXCHANGE -> add up my part -> GATHER -> hash        each member adds up one range of each chunk
     star    prepare -> TOTAL by the head node -> hash
 
     prepare: weight x delta_i (+ what lossy formats left out of earlier averages), encoded for the wire (wire.py)
 
-All members run the same jobs in the same order, whatever is ready first. Ring and star add in member order: the same bits.
+All members send the same messages in the same order, whatever is ready first. Ring and star add in member order: the same bits.
 What a lossy wire leaves out, of a member's part and of the sum, stays with whoever encoded it and goes into its part of the
 next average; it counts only once the average is committed. A joiner takes part with weight zero: applying the result makes
 it current. theta, theta_i, m are flat fp32 CPU vectors over all parameters (`Flat` says in which order).
@@ -25,10 +25,10 @@ import json
 import os
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from blake3 import blake3
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from wire import BLOCK, FORMATS, add_up, num_bytes
 
 KEEP_STATES = 2
-IN_FLIGHT = 3  # chunks under way: one on the wire, one before it, one after it
+IN_FLIGHT = 3  # chunks under way: while one is waited for, the next is on the wire
 PIECE = 1 << 18  # elements that fit a core's cache
 
 
@@ -84,6 +84,11 @@ def chunks(numel: int, chunk_mb: int) -> list[tuple[int, int]]:
     return [(a, min(a + size, numel)) for a in range(0, numel, size)]
 
 
+def zeros(size: int, dtype=np.float32) -> Tensor:
+    """A large buffer: the pages of it that are never written take no memory."""
+    return torch.from_numpy(np.zeros(size, dtype))
+
+
 def weighted_delta(theta: Tensor, theta_i: Tensor, weight: float, out: Tensor) -> Tensor:
     """weight x (theta - theta_i) into out; weight is applied as the fp32 nearest to it."""
     return torch.sub(theta, theta_i, out=out).mul_(torch.tensor(weight, dtype=torch.float32))
@@ -118,17 +123,17 @@ class Ring:
         parts = [mine] * self.size
         for i, other in enumerate(self.others):
             parts[other] = inbox[i * len(mine) : (i + 1) * len(mine)]
-        yield lambda: self._move(2 * index, [(r, ranges[r]) for r in self.others], [(r, parts[r]) for r in self.others])
+        yield self._move(2 * index, [(r, ranges[r]) for r in self.others], [(r, parts[r]) for r in self.others])
         if len(mine):
             add_up(parts, mine, cuts[self.rank])
-        yield lambda: self._move(2 * index + 1, [(r, mine) for r in self.others], [(r, ranges[r]) for r in self.others])
+        yield self._move(2 * index + 1, [(r, mine) for r in self.others], [(r, ranges[r]) for r in self.others])
 
-    def _move(self, tag: int, there: list, here: list) -> None:
+    def _move(self, tag: int, there: list, here: list):
+        """Begin to send and to receive (rank, tensor); returns what waits for it."""
         works = [self.group.recv([t], rank, tag) for rank, t in here if len(t)]
         works += [self.group.send([t], rank, tag) for rank, t in there if len(t)]
         self.bytes += sum(len(t) for _, t in there)
-        for work in works:
-            work.wait(self.timeout)
+        return lambda: [work.wait(self.timeout) for work in works]
 
 
 class Star:
@@ -139,12 +144,13 @@ class Star:
         self.header = {"type": "reduce", "round": round_, "attempt": attempt, "of": num_chunks}
 
     def reduce(self, index: int, data: Tensor, inbox: Tensor, add_up):
-        yield lambda: self._total(index, data)
-
-    def _total(self, index: int, data: Tensor) -> None:
-        _, total = self.link.request(self.header | {"index": index}, bytes(raw(data)), self.timeout_s, large=True)
-        raw(data)[:] = total
+        answer = self.link.ask(self.header | {"index": index}, bytes(raw(data)), self.timeout_s, large=True)
         self.bytes += len(data)
+
+        def total():
+            raw(data)[:] = answer()[1]
+
+        yield total
 
 
 def ring_group(store: dist.Store, rank: int, size: int, interface: str, timeout_s: float):
@@ -153,33 +159,6 @@ def ring_group(store: dist.Store, rank: int, size: int, interface: str, timeout_
     options._timeout = timedelta(seconds=timeout_s / 5)  # gloo waits five time-outs for each connection (measured)
     options._devices = [dist.ProcessGroupGloo.create_device(interface=interface)]
     return dist.ProcessGroupGloo(store, rank, size, options)
-
-
-class Courier:
-    """One thread that carries out jobs in order, and the time it was busy with all but the first (which waits for the slowest
-    member to begin). After one has failed the others fail, too."""
-
-    def __init__(self):
-        self.jobs, self.busy_s, self.error = 0, 0.0, None
-        self._thread = ThreadPoolExecutor(1, "wire")
-
-    def submit(self, job) -> Future:
-        return self._thread.submit(self._do, job)
-
-    def _do(self, job) -> None:
-        if self.error:
-            raise self.error
-        began = time.monotonic()
-        try:
-            job()
-        except Exception as error:
-            self.error = error
-            raise
-        self.busy_s += (time.monotonic() - began) * bool(self.jobs)
-        self.jobs += 1
-
-    def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
 
 
 class Averager:
@@ -198,13 +177,13 @@ class Averager:
         self._scratch = [torch.zeros(room) for _ in range(2)]
         self._values = torch.zeros(room)
         self.sent_bytes = 0  # by the last average
-        self.rate: float | None = None  # payload bytes per second on the wire in the last average; None: too little to tell
+        self.rate: float | None = None  # payload bytes per second of waiting in the last average; None: too little to tell
 
     def use(self, wire: str) -> None:
         """Lay out the buffers for a wire format."""
         if wire != self.wire:
             self.wire, self.agreed = wire, torch.empty(0, dtype=torch.uint8)
-            self.agreed = torch.zeros(num_bytes(wire, self.numel), dtype=torch.uint8)
+            self.agreed = zeros(num_bytes(wire, self.numel), np.uint8)
             room = num_bytes(wire, len(self._values)) + 1024 * FORMATS[wire].block_bytes  # ranges of up to so many members are uneven
             self._inboxes = [torch.empty(room, dtype=torch.uint8) for _ in range(IN_FLIGHT)]
         if FORMATS[wire].lossy and self.residual is None:
@@ -222,26 +201,29 @@ class Averager:
             raise error.with_traceback(None)  # else it would keep the group, and so its sockets, alive
 
     def _average(self, theta: Tensor, theta_i: Tensor | None, weight: float, peers) -> str:
-        hashed, courier, running, waiting = blake3(), Courier(), deque(), enumerate(self.chunks)
-        try:
-            while True:
-                while len(running) < IN_FLIGHT and (following := next(waiting, None)):
-                    self._start(self._chunk(*following, theta, theta_i, weight, peers, hashed), courier, running)
-                if not running:
-                    break
-                chunk, job = running.popleft()
-                job.result()
-                self._start(chunk, courier, running)
-        finally:
-            courier.close()
-        self.sent_bytes = peers.bytes
-        self.rate = len(self.agreed) * (courier.jobs - 1) / courier.jobs / courier.busy_s if courier.busy_s else None
+        hashed, running, waiting, waits = blake3(), deque(), enumerate(self.chunks), []
+
+        def go_on(chunk):  # up to its next message
+            if arrived := next(chunk, None):
+                running.append((chunk, arrived))
+
+        while True:
+            while len(running) < IN_FLIGHT and (following := next(waiting, None)):
+                go_on(self._chunk(*following, theta, theta_i, weight, peers, hashed))
+            if not running:
+                break
+            chunk, arrived = running.popleft()
+            waits.append(self._wait(arrived))
+            go_on(chunk)
+        self.sent_bytes, waited_s = peers.bytes, sum(waits[1:])  # the first is for the slowest member to begin
+        self.rate = len(self.agreed) * (len(waits) - 1) / len(waits) / waited_s if waited_s else None
         return hashed.hexdigest()
 
-    def _start(self, chunk, courier: Courier, running: deque) -> None:
-        """Let a chunk do what it does before its next job, and queue that job."""
-        if job := next(chunk, None):
-            running.append((chunk, courier.submit(job)))
+    def _wait(self, arrived) -> float:
+        """Wait for a message; returns the seconds it took."""
+        began = time.monotonic()
+        arrived()
+        return time.monotonic() - began
 
     def _chunk(self, index: int, span: tuple[int, int], theta, theta_i, weight: float, peers, hashed):
         a, b = span

@@ -64,7 +64,7 @@ def build(point: str, round_: int, kind: str) -> None:
     elif point == "reduce":  # after the first exchange of a chunk
         now = {"round": -1}
         wrap(train.Site, "_reduce_and_vote", lambda site, plan, c: now.update(round=c["round"]))
-        wrap(sync.Courier, "_do", after=lambda *a: strike(now["round"]))
+        wrap(sync.Averager, "_wait", after=lambda a, waited_s, *_: (strike(now["round"]), waited_s)[1])
     elif point == "vote":  # after REDUCE, before VOTE
         wrap(replica.Replica, "average", after=lambda r, result, *a: (strike(r.round), result)[1])
     elif point == "apply":  # after VOTE, before APPLY
