@@ -176,7 +176,7 @@ class Replica:
         self._write(self.theta)
 
     def _write(self, flat: torch.Tensor) -> None:
-        self.theta_i.copy_(flat) if self.device.type == "cpu" else self.flat.write(flat, self.model)
+        sync.copy_(self.theta_i, flat) if self.device.type == "cpu" else self.flat.write(flat, self.model)
 
     @contextmanager
     def at_theta(self):
@@ -225,7 +225,7 @@ class Replica:
             self.restore()
             parts = {"theta": self.theta, "m": self.m}
         else:
-            self.theta.copy_(self.theta_i)
+            sync.copy_(self.theta, self.theta_i)
             if self.cfg.rounds.outer != "none":
                 self.m.zero_()
             parts = {"theta": self.theta}

@@ -89,6 +89,11 @@ def zeros(size: int, dtype=np.float32) -> Tensor:
     return torch.from_numpy(np.zeros(size, dtype))
 
 
+def copy_(into: Tensor, vector: Tensor) -> None:
+    """All of a flat CPU vector, as fast as memory allows (twice as fast as Tensor.copy_)."""
+    raw(into)[:] = raw(vector)
+
+
 def weighted_delta(theta: Tensor, theta_i: Tensor, weight: float, out: Tensor) -> Tensor:
     """weight x (theta - theta_i) into out; weight is applied as the fp32 nearest to it."""
     return torch.sub(theta, theta_i, out=out).mul_(torch.tensor(weight, dtype=torch.float32))
@@ -227,8 +232,9 @@ class Averager:
 
     def _chunk(self, index: int, span: tuple[int, int], theta, theta_i, weight: float, peers, hashed):
         a, b = span
-        for first in range(a, b, PIECE):
-            self._prepare(first, min(first + PIECE, b), theta, theta_i, weight)
+        step = PIECE if FORMATS[self.wire].lossy else b - a  # many passes: in pieces that stay in the cache
+        for first in range(a, b, step):
+            self._prepare(first, min(first + step, b), theta, theta_i, weight)
         data = blocks(self.agreed, self.wire, a, b)
 
         def add(parts: list[Tensor], out: Tensor, at: int) -> None:
@@ -273,11 +279,11 @@ def blocks(data: Tensor, wire: str, a: int, b: int) -> Tensor:
 
 
 def apply_agreed_(agreed: Tensor, wire: str, theta: Tensor, m: Tensor, how: tuple[str, float, float], also: Tensor | None = None) -> None:
-    """The outer step with the agreed bytes, in place, one pass: piece by piece, each of which stays in the cache. how: outer, lr,
-    momentum. also: gets a copy of the new theta."""
-    delta, step = torch.empty(PIECE), torch.empty(PIECE)
-    for a in range(0, theta.numel(), PIECE):
-        b = min(a + PIECE, theta.numel())
+    """The outer step with the agreed bytes, in place, piece by piece. how: outer, lr, momentum. also: gets a copy of the new theta."""
+    size = 4 * PIECE
+    delta, step = torch.empty(size), torch.empty(size)
+    for a in range(0, theta.numel(), size):
+        b = min(a + size, theta.numel())
         data = blocks(agreed, wire, a, b)
         if FORMATS[wire].lossy:
             FORMATS[wire].decode(data, delta[: num_bytes("fp32", b - a) // 4])
@@ -285,8 +291,8 @@ def apply_agreed_(agreed: Tensor, wire: str, theta: Tensor, m: Tensor, how: tupl
         else:
             part = data.view(torch.float32)[: b - a]
         outer_step_(theta[a:b], m[a:b], part, *how, scratch=step[: b - a])
-        if also is not None:
-            also[a:b].copy_(theta[a:b])
+    if also is not None:
+        copy_(also, theta)
 
 
 def outer_step_(theta: Tensor, m: Tensor, delta: Tensor, outer: str, lr: float, momentum: float, scratch: Tensor | None = None) -> None:

@@ -46,15 +46,17 @@ PARTS = 5  # measurements of each part
 
 def as_site(out: Path, rounds: int, argv: list[str]) -> None:
     """train.py, but for its steps."""
+    import replica
     import train
 
     records, full = [], []  # full: rounds that all sites were members of
+    spent = dict.fromkeys(("freeze", "average", "apply"), 0.0)  # seconds of the last sync in each
 
     def step(site, plan, batch) -> float:
         a, r = site.replica.averager, site.replica
         if full and plan.done == 0:
             stall_s = time.monotonic() - site.frozen_at - site.excused_s
-            records.append({"stall_s": stall_s, "bytes": a.sent_bytes, "bytes_per_s": a.rate, "wire": a.wire})
+            records.append(spent | {"stall_s": stall_s, "bytes": a.sent_bytes, "bytes_per_s": a.rate, "wire": a.wire})
         if plan.splits < len(site.cfg.sites):  # still waiting for the others
             time.sleep(0.5)
             return 1.0
@@ -71,9 +73,24 @@ def as_site(out: Path, rounds: int, argv: list[str]) -> None:
         return 1.0
 
     train.Site.inner_step = step
+    for name in spent:
+        timed(replica.Replica, name, spent)
     sys.argv = ["train.py", *argv]
     train.die_with_parent()
     config.command(train.main)
+
+
+def timed(owner, name: str, spent: dict[str, float]) -> None:
+    """Keep how long the last call of a method took."""
+    plain = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        began = time.monotonic()
+        result = plain(*args, **kwargs)
+        spent[name] = time.monotonic() - began
+        return result
+
+    setattr(owner, name, wrapped)
 
 
 def parts_of(site) -> dict:
@@ -264,6 +281,7 @@ def report(args, found: dict) -> dict:
         "outer": args.outer, "chunk_mb": args.chunk_mb, "rounds": len(sites[0]["rounds"]) - 1,
         "stall_s": {"p50": p50, "p95": float(np.percentile(stalls, 95)), "all": [round(x, 4) for x in stalls]},
         **part, "parts_s": sum(part.values()), "stall_over_parts": p50 / sum(part.values()),
+        "spent_s": {name: float(np.median([r[name] for r in kept])) for name in ("freeze", "average", "apply")},
         "bytes": max(r["bytes"] for r in kept), "gb_per_s": payload / p50 / 1e9,
         "peak_memory": max(s["peak_bytes"] for s in sites) / payload,
         "heartbeat_gap_s": {"p50": float(np.median(gaps)), "max": max(gaps), "due": 2.0} if gaps else None, "auto": found["auto"],
@@ -276,7 +294,7 @@ def report(args, found: dict) -> dict:
 
 
 def lines(r: dict) -> str:
-    s, h = r["stall_s"], r["heartbeat_gap_s"]
+    s, h, spent = r["stall_s"], r["heartbeat_gap_s"], r["spent_s"]
     where = f"links of {r['rate']}" if r["rate"] else "loopback"
     rows = [
         f"{r['params'] / 1e6:,.0f} M parameters, {r['sites']} sites, {r['wire']}, {r['topology']}, outer {r['outer']}, {where}, "
@@ -285,6 +303,7 @@ def lines(r: dict) -> str:
         f"  parts                 {r['parts_s']:.3f} s: bare all-reduce {r['bare_allreduce_s']:.3f}, delta {r['delta_pass_s']:.3f}, "
         f"outer step {r['outer_step_s']:.3f}, digest {r['digest_s']:.3f}",
         f"  stall over parts      {r['stall_over_parts']:.2f}",
+        f"  of the stall          average {spent['average']:.3f} s, apply {spent['apply']:.3f}, check of theta_i {spent['freeze']:.3f}",
         f"  sent by a site        {r['bytes'] / 1e6:,.1f} MB",
         f"  peak memory           {r['peak_memory']:.2f} x the fp32 parameters",
     ]
