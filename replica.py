@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import sync
 from channel import ChannelError, Link
@@ -291,7 +291,7 @@ class Replica:
         self.folder.mkdir(parents=True, exist_ok=True)
         about, path = {"run_id": self.run_id, "round": str(round_), "digest": digest}, self._inner_file(round_)
         try:
-            sync.write_durably(path, lambda tmp: save_file(tensors, tmp, metadata=about))
+            sync.write_durably(path, lambda tmp: sync.save_file(tensors, tmp, about))
         except (OSError, SafetensorError) as error:  # a resume would start it fresh: no reason to stop
             print(f"{path}: {error}", file=sys.stderr, flush=True)
         for old in self._inner_files()[:-KEEP_INNER]:

@@ -33,14 +33,15 @@ import torch
 import torch.distributed as dist
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wire import BLOCK, FORMATS, add_up, num_bytes
 
 KEEP_STATES = 2
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}  # safetensors' names
 IN_FLIGHT = 3  # chunks under way: while one is waited for, the next is on the wire
 PIECE = 1 << 18  # elements that fit a core's cache
+STRETCH = 16 << 20  # bytes for which a thread may keep Python's lock: a few milliseconds, else heartbeats would be late
 
 
 class Flat:
@@ -91,7 +92,9 @@ def zeros(size: int, dtype=np.float32) -> Tensor:
 
 def copy_(into: Tensor, vector: Tensor) -> None:
     """All of a flat CPU vector, as fast as memory allows (twice as fast as Tensor.copy_)."""
-    raw(into)[:] = raw(vector)
+    there, here = raw(into), raw(vector)
+    for a in range(0, len(here), STRETCH):
+        there[a : a + STRETCH] = here[a : a + STRETCH]
 
 
 def weighted_delta(theta: Tensor, theta_i: Tensor, weight: float, out: Tensor) -> Tensor:
@@ -324,13 +327,16 @@ def all_finite(flat: Tensor) -> bool:
 
 
 def raw(flat: Tensor) -> memoryview:
-    """The bytes of a flat CPU tensor, without a copy."""
-    return memoryview(flat.numpy()).cast("B")
+    """The bytes of a CPU tensor, without a copy."""
+    return memoryview(flat.detach().reshape(-1).view(torch.uint8).numpy())
 
 
 def digest(flat: Tensor) -> str:
     """BLAKE3 of a vector, or of agreed bytes: cryptographic, and five times as fast as SHA-256 here."""
-    return blake3(raw(flat)).hexdigest()
+    hashed, data = blake3(), raw(flat)
+    for a in range(0, len(data), STRETCH):
+        hashed.update(data[a : a + STRETCH])
+    return hashed.hexdigest()
 
 
 def fsync_dir(folder: Path) -> None:
@@ -354,6 +360,25 @@ def write_durably(path: Path, write) -> None:
         tmp.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """CPU tensors as a safetensors file. Written here, and in stretches, because the library's own writer keeps Python's lock for
+    as long as the disk takes: seconds without a heartbeat for a large model. Reading is the library's."""
+    header, at = {"__metadata__": metadata}, 0
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that all are aligned
+    for name, tensor in ordered:
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            data = raw(tensor)
+            for a in range(0, len(data), STRETCH):
+                file.write(data[a : a + STRETCH])
 
 
 class StateFolder:

@@ -12,11 +12,13 @@ import torch
 from conftest import Runner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import vault as vault_module
 from config import BadInput
 from journal import Journal, Unwritable, read
-from sync import StateFolder, digest
+from sync import DTYPES, StateFolder, digest, save_file
 from vault import Vault
 
 records = st.lists(st.fixed_dictionaries({"t_s": st.just(0.0), "type": st.text(max_size=8), "x": st.integers() | st.text(max_size=30)}),
@@ -156,6 +158,19 @@ def test_a_state_that_does_not_fit_leaves_the_old_ones_as_they_were(tmp_path, mo
     with pytest.raises(Unwritable, match="No space left on device; free space"):
         vault._save(3)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=5))
+def test_the_safetensors_library_reads_what_we_write(tmp_path_factory, kinds):
+    path = tmp_path_factory.mktemp("t") / "x.safetensors"
+    tensors = {f"t{i}": (torch.rand(shape) * 100).to(dtype) for i, (dtype, shape) in enumerate(kinds)}
+    save_file(tensors, path, {"round": "7"})
+    found = load_file(path)
+    assert set(found) == set(tensors)
+    assert all(torch.equal(found[k], t) and found[k].dtype == t.dtype and found[k].shape == t.shape for k, t in tensors.items())
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"round": "7"}
 
 
 def test_what_is_on_a_disk_is_never_unpickled():

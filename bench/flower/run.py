@@ -41,7 +41,7 @@ def environment() -> Path:
     folder = REPO / ".venv-flower"
     if not (folder / ".ready").exists():
         pins = [line for line in (REPO / "requirements.txt").read_text().split() if line.split("==")[0] in OURS]
-        venv.create(folder, with_pip=True)
+        venv.create(folder, with_pip=True, clear=True)  # or what an interrupted attempt left
         subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", FLOWER, *pins], check=True, stdout=sys.stderr)
         (folder / ".ready").touch()
     return folder / "bin"
