@@ -284,8 +284,8 @@ class Replica:
         if self.rank:
             return {}
         tensors = {k: v.detach().cpu().clone() for k, v in self.inner.tensors().items()}
-        left = self.averager.residual
-        return tensors | {"rng": torch.get_rng_state()} | ({} if left is None else {"residual": left.clone()})
+        left = self.averager.residual  # stays as it is until the next commit, which waits for the file
+        return tensors | {"rng": torch.get_rng_state()} | ({} if left is None else {"residual": left})
 
     def _save_inner(self, tensors: dict[str, torch.Tensor], round_: int, digest: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

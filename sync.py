@@ -39,7 +39,7 @@ from wire import BLOCK, FORMATS, add_up, num_bytes
 
 KEEP_STATES = 2
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}  # safetensors' names
-IN_FLIGHT = 3  # chunks under way: while one is waited for, the next is on the wire
+IN_FLIGHT = 6  # chunks under way: while one is waited for, the next is on the wire
 PIECE = 1 << 18  # elements that fit a core's cache
 STRETCH = 16 << 20  # bytes for which a thread may keep Python's lock: a few milliseconds, else heartbeats would be late
 
@@ -283,7 +283,7 @@ def blocks(data: Tensor, wire: str, a: int, b: int) -> Tensor:
 
 def apply_agreed_(agreed: Tensor, wire: str, theta: Tensor, m: Tensor, how: tuple[str, float, float], also: Tensor | None = None) -> None:
     """The outer step with the agreed bytes, in place, piece by piece. how: outer, lr, momentum. also: gets a copy of the new theta."""
-    size = 4 * PIECE
+    size = PIECE // 2
     delta, step = torch.empty(size), torch.empty(size)
     for a in range(0, theta.numel(), size):
         b = min(a + size, theta.numel())

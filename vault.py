@@ -42,7 +42,7 @@ class Vault:
         """theta_0 from the seed, on CPU in fp32."""
         model = GPT(shape).init_weights(self.cfg.seed)
         self.theta, self.run_id = sync.Flat(model).read(model), run_id
-        self.m = torch.zeros_like(self.theta)
+        self.m = sync.zeros(self.numel)
         self._save(0)
 
     def load(self, stored: dict[int, str], run_id: str) -> int:
@@ -119,7 +119,7 @@ class Vault:
             raise ValueError(f"sent another theta of round {round_} than it holds")
         else:
             self.theta = parts["theta"].view(torch.float32)
-            self.m = parts["m"].view(torch.float32) if "m" in parts else torch.zeros(self.numel)
+            self.m = parts["m"].view(torch.float32) if "m" in parts else sync.zeros(self.numel)
 
     def _save(self, round_: int) -> None:
         digest, digest_m = sync.digest(self.theta), sync.digest(self.m)
