@@ -87,7 +87,8 @@ class Coordinator:
         self.panel = report.Panel(cfg, self.vault.run_id, "coordinator")
         self.predicted_end_s = self._predict()
         self.attempt_began = 0.0
-        self.wire_rates: dict[str, float] = {}  # site -> payload bytes/s of its last averages
+        self.wire_rates: dict[str, float] = {}  # site -> payload bytes/s of its last average
+        self.took_s: dict[str, dict[str, float]] = {}  # wire format -> site -> seconds of its last average in it
         self._choose_wire([])
         self.fetch_id, self.fetches = 0, {}  # site -> its last fetch
         self._receiving: tuple[str, torch.Tensor] | None = None
@@ -536,8 +537,9 @@ class Coordinator:
 
     def _on_vote(self, site: str, header: dict, payload) -> None:
         if self.run.now and header["round"] == self.run.now.number:
-            if header["bytes_per_s"]:
-                self.wire_rates[site] = 0.5 * (self.wire_rates.get(site, header["bytes_per_s"]) + header["bytes_per_s"])
+            if header.get("bytes_per_s"):
+                self.wire_rates[site] = header["bytes_per_s"]
+                self.took_s.setdefault(self.run.now.wire, {})[site] = header["took_s"]
                 self._choose_wire(self.run.now.agreement.members if self.run.now.agreement else [])
             if not self.virtual:  # the next leaver needs this long: the last measured sync, old ones fading
                 self.run.sync_s = max(self.t - self.run.now.freeze_s, 0.5 * self.run.sync_s)
@@ -552,19 +554,20 @@ class Coordinator:
             self.run.attempt_s = self.timeouts.attempt_s
 
     def _choose_wire(self, members: list[str]) -> None:
-        """sync.wire=auto: by the slowest member's measured rate, or on the virtual clock by sync.link_gbit."""
+        """sync.wire=auto: by what averages took and by the slowest member's measured rate; on the virtual clock by sync.link_gbit."""
         if self.cfg.sync.wire != "auto":
             return
-        measured = [self.wire_rates[s] for s in members if s in self.wire_rates] or [self.bytes_per_s]
-        rate = self.cfg.sync.link_gbit * 1.25e8 if self.cfg.sync.link_gbit else min(measured)
-        name = wire.choose(self.vault.numel, rate, self.cfg.rounds.train_s)
+        link, numel, train_s = self.cfg.sync.link_gbit, self.vault.numel, self.cfg.rounds.train_s
+        rate = min([self.wire_rates[s] for s in members if s in self.wire_rates] or [self.bytes_per_s])
+        took_s = {f: max(by_site.values()) for f, by_site in self.took_s.items()}
+        rate, took_s = (link * 1.25e8, {}) if link else (rate, took_s)
+        name = wire.choose(numel, rate, train_s, took_s)
         if name != self.run.wire:
             self.run.wire = name
-            each = ", ".join(f"{f} {wire.num_bytes(f, self.vault.numel) / rate:.2g} s" for f in wire.FORMATS)
-            print(
-                f"{'wire':15} | auto: {name}, at {rate / 1e6:,.1f} MB/s an average takes {each} of {self.cfg.rounds.train_s:g} s",
-                flush=True,
+            each = (
+                f"{f} {took_s[f]:.2g} s" if f in took_s else f"{f} perhaps {wire.num_bytes(f, numel) / rate:.2g} s" for f in wire.FORMATS
             )
+            print(f"{'wire':15} | auto: {name}; an average takes {', '.join(each)} of {train_s:g} s", flush=True)
 
     def _on_failed(self, site: str, header: dict, payload) -> None:
         if self.run.now and header["round"] == self.run.now.number:

@@ -185,7 +185,8 @@ class Averager:
         self._scratch = [torch.zeros(room) for _ in range(2)]
         self._values = torch.zeros(room)
         self.sent_bytes = 0  # by the last average
-        self.rate: float | None = None  # payload bytes per second of waiting in the last average; None: too little to tell
+        self.took_s = 0.0  # by the last average, but for the wait for the slowest member to begin
+        self.rate: float | None = None  # payload bytes per second of waiting in it (at most, then); None: too little to tell
 
     def use(self, wire: str) -> None:
         """Lay out the buffers for a wire format."""
@@ -209,7 +210,7 @@ class Averager:
             raise error.with_traceback(None)  # else it would keep the group, and so its sockets, alive
 
     def _average(self, theta: Tensor, theta_i: Tensor | None, weight: float, peers) -> str:
-        hashed, running, waiting, waits = blake3(), deque(), enumerate(self.chunks), []
+        hashed, running, waiting, waits, began = blake3(), deque(), enumerate(self.chunks), [], time.monotonic()
 
         def go_on(chunk):  # up to its next message
             if arrived := next(chunk, None):
@@ -224,6 +225,7 @@ class Averager:
             waits.append(self._wait(arrived))
             go_on(chunk)
         self.sent_bytes, waited_s = peers.bytes, sum(waits[1:])  # the first is for the slowest member to begin
+        self.took_s = time.monotonic() - began - sum(waits[:1])
         self.rate = len(self.agreed) * (len(waits) - 1) / len(waits) / waited_s if waited_s else None
         return hashed.hexdigest()
 

@@ -486,11 +486,11 @@ class Site:
             peers = group = None  # closes its sockets: the other survivors stop waiting, too
             self.tell(type="failed", round=round_, attempt=number, reason=(str(error).splitlines() or ["?"])[0])
             return
-        self._vote(c, digest, self.replica.averager.rate)
+        self._vote(c, digest, bytes_per_s=self.replica.averager.rate, took_s=self.replica.averager.took_s)
 
-    def _vote(self, c: dict, digest: str, bytes_per_s: float | None = None) -> None:
+    def _vote(self, c: dict, digest: str, **measured) -> None:
         self.note(vote=digest)
-        self.tell(type="vote", round=c["round"], attempt=c["attempt"], digest=digest, bytes_per_s=bytes_per_s)
+        self.tell(type="vote", round=c["round"], attempt=c["attempt"], digest=digest, **measured)
 
     def _apply(self, c: dict) -> None:
         """The outer step, only with what was committed."""

@@ -64,10 +64,11 @@ def num_bytes(wire: str, numel: int) -> int:
     return -(-numel // BLOCK) * FORMATS[wire].block_bytes
 
 
-def choose(numel: int, bytes_per_s: float, train_s: float) -> str:
-    """What `auto` means for a model of `numel` parameters over a link of `bytes_per_s` in rounds of `train_s`."""
+def choose(numel: int, bytes_per_s: float, train_s: float, took_s: dict[str, float] | None = None) -> str:
+    """What `auto` means for a model of `numel` parameters in rounds of `train_s`: formats already tried are judged by the seconds
+    an average took in them, others by a link of `bytes_per_s`."""
     for name in FORMATS:
-        if num_bytes(name, numel) / bytes_per_s <= WIRE_SHARE * train_s:
+        if (took_s or {}).get(name, num_bytes(name, numel) / bytes_per_s) <= WIRE_SHARE * train_s:
             return name
     return name
 

@@ -194,6 +194,8 @@ def test_auto_is_the_most_exact_format_that_fits_and_never_less_exact_on_a_faste
     assert order.index(fast) <= order.index(slow)
     fits = [f for f in order if wire.num_bytes(f, numel) / min(a, b) <= wire.WIRE_SHARE * train_s]
     assert slow == (fits[0] if fits else order[-1])
+    took = {f: wire.num_bytes(f, numel) / min(a, b) for f in order}
+    assert wire.choose(numel, 1e15, train_s, took) == slow, "what was measured counts, not what the link was taken for"
 
 
 @settings(max_examples=60, deadline=None)
