@@ -45,10 +45,10 @@ bench-sync: $(READY)  ## what a sync costs on loopback, its parts and its memory
 	$(BIN)/python bench/sync.py --params 561e6
 
 bench-links: $(READY)  ## the same on links of 1 Gbit/s, 100 Mbit/s, 10 Mbit/s: Linux, root; about 20 minutes
-	for w in fp32 bf16 int8; do $(BIN)/python bench/sync.py --params 124e6 --rate 1gbit --wire $$w || exit 1; done
-	for w in fp32 bf16 int8; do $(BIN)/python bench/sync.py --params 30e6 --rate 100mbit --wire $$w || exit 1; done
+	for w in fp32 bf16 int8; do $(BIN)/python bench/sync.py --params 124e6 --rate 1gbit --chunk-mb 4 --wire $$w || exit 1; done
+	for w in fp32 bf16 int8; do $(BIN)/python bench/sync.py --params 30e6 --rate 100mbit --chunk-mb 4 --wire $$w || exit 1; done
 	$(BIN)/python bench/sync.py --params 2e6 --rate 10mbit
-	$(BIN)/python bench/sync.py --params 561e6 --rate 1gbit --wire auto --goodput --rounds 4
+	$(BIN)/python bench/sync.py --params 561e6 --rate 1gbit --chunk-mb 4 --wire auto --goodput
 
 bench-flower: $(READY)  ## the paper's design on Flower beside ours: arithmetic, then seconds a round; about 10 minutes
 	$(BIN)/python bench/flower/run.py parity

@@ -186,7 +186,7 @@ class Averager:
         self._values = torch.zeros(room)
         self.sent_bytes = 0  # by the last average
         self.took_s = 0.0  # by the last average, but for the wait for the slowest member to begin
-        self.rate: float | None = None  # payload bytes per second of waiting in it (at most, then); None: too little to tell
+        self.rate: float | None = None  # payload bytes per second of waiting in it; None: too little to tell
 
     def use(self, wire: str) -> None:
         """Lay out the buffers for a wire format."""
@@ -195,8 +195,10 @@ class Averager:
             self.agreed = zeros(num_bytes(wire, self.numel), np.uint8)
             room = num_bytes(wire, len(self._values)) + 1024 * FORMATS[wire].block_bytes  # ranges of up to so many members are uneven
             self._inboxes = [torch.empty(room, dtype=torch.uint8) for _ in range(IN_FLIGHT)]
-        if FORMATS[wire].lossy and self.residual is None:
-            self.restore(torch.zeros(self.numel, dtype=torch.bfloat16))
+        if FORMATS[wire].lossy and self.next_residual is None:
+            self.restore(torch.zeros(self.numel, dtype=torch.bfloat16) if self.residual is None else self.residual)
+        elif not FORMATS[wire].lossy:
+            self.next_residual = None
 
     def average(self, theta: Tensor, theta_i: Tensor | None, weight: float, peers) -> str:
         """The members' weighted average pseudo-gradient into `agreed`; returns its digest.
@@ -226,7 +228,8 @@ class Averager:
             go_on(chunk)
         self.sent_bytes, waited_s = peers.bytes, sum(waits[1:])  # the first is for the slowest member to begin
         self.took_s = time.monotonic() - began - sum(waits[:1])
-        self.rate = len(self.agreed) * (len(waits) - 1) / len(waits) / waited_s if waited_s else None
+        waited_s = max(waited_s, self.took_s / 4)  # while we compute the link is busy as well: waiting alone would flatter it
+        self.rate = len(self.agreed) * (len(waits) - 1) / len(waits) / waited_s if len(waits) > 1 else None
         return hashed.hexdigest()
 
     def _wait(self, arrived) -> float:
