@@ -228,7 +228,7 @@ class Averager:
             go_on(chunk)
         self.sent_bytes, waited_s = peers.bytes, sum(waits[1:])  # the first is for the slowest member to begin
         self.took_s = time.monotonic() - began - sum(waits[:1])
-        waited_s = max(waited_s, self.took_s / 4)  # while we compute the link is busy as well: waiting alone would flatter it
+        waited_s = max(waited_s, self.took_s / 2)  # while we compute the link is busy as well: waiting alone would flatter it
         self.rate = len(self.agreed) * (len(waits) - 1) / len(waits) / waited_s if len(waits) > 1 else None
         return hashed.hexdigest()
 
