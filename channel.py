@@ -365,18 +365,19 @@ class Hub(Pump):
         if average is None or site not in average["members"]:
             self.answer(identity, {"type": "reply", "re": header["id"], "error": "this attempt is over"})
             return
-        index, blocks = header["index"], len(payload) // FORMATS[average["wire"]].block_bytes
+        index, (blocks, rest) = header["index"], divmod(len(payload), FORMATS[average["wire"]].block_bytes)
         parts = average["chunks"].setdefault(index, {})
+        if rest or not blocks or any(len(data) != len(payload) for _, _, data in parts.values()):
+            self.answer(identity, {"type": "reply", "re": header["id"], "error": "a chunk of another size than it should be"})
+            return
         parts[site] = (identity, header["id"], torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-        if len({len(data) for _, _, data in parts.values()}) > 1:
-            self.answer(identity, {"type": "reply", "re": parts.pop(site)[1], "error": "a chunk of another size than the others'"})
-        elif len(parts) == len(average["members"]):
+        if len(parts) == len(average["members"]):
             summed, scratch = torch.empty(len(payload), dtype=torch.uint8), [torch.empty(blocks * BLOCK) for _ in range(2)]
             ordered = [parts[member][2] for member in average["members"]]
             left = add_up(average["wire"], ordered, summed, scratch, self._left.get(index))
             average["left"] |= {} if left is None else {index: left.bfloat16()}
             total = summed.numpy().data
-            average["hashed"].update(total)  # members send a chunk when they have the one before: they are complete in order
+            average["hashed"].update(total)  # each member's chunks come in order, so they are complete in order
             average["summed"] += 1
             if average["summed"] == header["of"]:  # told before the last answer goes out, so before any vote
                 whole = average["hashed"].hexdigest()

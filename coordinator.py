@@ -625,10 +625,13 @@ class Coordinator:
             if header["start"] == 0:
                 self.result = {}
                 self._receiving = digest, torch.zeros(wire.num_bytes(self.run.now.wire, self.vault.numel) if a else 0, dtype=torch.uint8)
-        if self._receiving is None or self._receiving[0] != digest or header["stop"] > len(self._receiving[1]):
+        if self._receiving is None or self._receiving[0] != digest:
             return
         vector = self._receiving[1]
-        sync.raw(vector)[header["start"] : header["stop"]] = payload
+        room = sync.raw(vector)[header["start"] : header["stop"]]
+        if len(room) != len(payload):
+            return
+        room[:] = payload
         if header["last"] and a and sync.digest(vector) == digest:
             self.result = {digest: vector}
             self.run.at_head(self.t, header["attempt"], digest)

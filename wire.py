@@ -19,24 +19,17 @@ BLOCK = 512  # elements that share a scale
 WIRE_SHARE = 0.01  # `auto`: the most exact format that keeps the wire busy for at most this share of a round's training time
 
 
-class FP32:
-    name, lossy, block_bytes = "fp32", False, 4 * BLOCK
+class Cast:
+    """Each element in another floating-point type."""
+
+    def __init__(self, name: str, dtype: torch.dtype):
+        self.name, self.dtype, self.lossy, self.block_bytes = name, dtype, dtype != torch.float32, dtype.itemsize * BLOCK
 
     def encode(self, values: Tensor, data: Tensor, scratch: Tensor) -> None:
-        data.view(torch.float32).copy_(values)
+        data.view(self.dtype).copy_(values)
 
     def decode(self, data: Tensor, values: Tensor) -> None:
-        values.copy_(data.view(torch.float32))
-
-
-class BF16:
-    name, lossy, block_bytes = "bf16", True, 2 * BLOCK
-
-    def encode(self, values: Tensor, data: Tensor, scratch: Tensor) -> None:
-        data.view(torch.bfloat16).copy_(values)
-
-    def decode(self, data: Tensor, values: Tensor) -> None:
-        values.copy_(data.view(torch.bfloat16))
+        values.copy_(data.view(self.dtype))
 
 
 class INT8:
@@ -56,7 +49,7 @@ class INT8:
         values.view(-1, BLOCK).copy_(blocks[:, 4:].view(torch.int8)).mul_(blocks[:, :4].view(torch.float32))
 
 
-FORMATS = {f.name: f for f in (FP32(), BF16(), INT8())}  # from exact to small
+FORMATS = {f.name: f for f in (Cast("fp32", torch.float32), Cast("bf16", torch.bfloat16), INT8())}  # from exact to small
 
 
 def num_bytes(wire: str, numel: int) -> int:
