@@ -49,23 +49,30 @@ class Model:
     heads: int | None = None  # null: width / 128
     kv_heads: int | None = None  # null: heads
     seq_len: int = 256
+    vocab: int | None = None  # null: the tokenizer's; a number is refused unless the tokenizer has just as many
     residual_scalars: bool = False  # per-layer residual and x0 scalars, on in the paper's code
-    dtype: str = "float32"  # float32 | bfloat16 (autocast)
-    compile: bool = False  # not yet
+    init: str | None = None  # theta_0: null: from the seed | a folder in Hugging Face's format, such as export.py writes
+    dtype: str = "float32"  # float32 | bfloat16 (autocast; parameters, optimizers and averages stay fp32)
+    compile: bool = False  # torch.compile, block by block
 
 
 @dataclass
 class Data:
-    source: str = "stdlib"  # stdlib: the installed Python's own .py text | a folder of .txt, .md, .py or .parquet
-    tokenizer: str = "bytes"  # bytes | bpe-VOCAB (trained on the source)
+    source: str = "stdlib"  # stdlib: the installed Python's own .py text | a folder of .txt, .md, .py or .parquet | hf://OWNER/DATASET
+    revision: str | None = None  # of a Hugging Face dataset: branch, tag or commit; null: its main branch
+    shards: int | None = None  # of a Hugging Face dataset: so many parquet files, the last of them for validation; null: all
+    tokenizer: str = "bytes"  # bytes | bpe-VOCAB (trained on the source) | the path of a tokenizer.json
+    tokenizer_chars: int = 2_000_000_000  # of the source, that a BPE is trained on (nanochat's speedrun: 2e9)
     dir: str = "data"
+    workers: int | None = None  # processes that tokenize; null: one a core
     tokens_per_step: int = 2048  # one batch = one inner step, the same at every site
     val_tokens: int = 131072  # evaluated once, at the end
 
 
 @dataclass
 class Optim:
-    matrix_lr: float = 0.02  # Muon
+    matrices: str = "muon"  # what trains the blocks' matrices: muon | adamw (a reference that ranks agree on to rounding)
+    matrix_lr: float = 0.02
     embedding_lr: float = 0.3  # AdamW, these three
     unembedding_lr: float = 0.004
     scalar_lr: float = 0.5
@@ -149,7 +156,11 @@ class Site:
     startup_s: float = 0.0
     device: str = "cpu"
     device_batch: int = 8  # rows per rank and forward pass
-    ranks: int = 1
+    ranks: int = 1  # what launch.py starts; by hand: torchrun --nproc_per_node
+    parallel: str = "ddp"  # how ranks share the model: ddp: each holds all of it | fsdp: each holds 1/N (FSDP2)
+    checkpointing: bool = False  # recompute a block's activations in the backward pass: less memory, a third more time
+    energy: str = "auto"  # wall clock: auto: measured where it can be (power.py) | model: idle_kw and train_kw
+    peak_tflops: float | None = None  # of one device at model.dtype, for the MFU; null: known GPUs by name, others have none
     threads_local: int = 2
     threads_federated: int = 1
     keep_disk: bool = False
@@ -208,7 +219,7 @@ CHOICES = {
     "rounds.inner_state": ("keep", "reset"),
     "rounds.lr_position": ("global", "own"),
     "sync.topology": ("ring", "star"),
-    "model.compile": (False,),
+    "optim.matrices": ("muon", "adamw"),
     "sync.backend": ("gloo",),
     "sync.transport": ("gloo",),
     "sync.wire": ("fp32", "bf16", "int8", "auto"),
@@ -222,7 +233,7 @@ CHOICES = {
 POSITIVE = (
     "budget.tokens", "model.depth", "model.seq_len", "data.tokens_per_step", "rounds.train_s", "rounds.grace_s",
     "rounds.max_offline_s", "rounds.rejoin_wait_s", "rounds.outer_lr", "sync.chunk_mb", "sync.heartbeat_s",
-    "carbon.max_gap_s", "carbon.pue", "log.every_steps",
+    "carbon.max_gap_s", "carbon.pue", "log.every_steps", "data.tokenizer_chars",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "data.val_tokens", "rounds.sync_s", "rounds.outer_momentum", "sync.port",
@@ -287,7 +298,7 @@ def _check(cfg: Config) -> None:
         if not math.isfinite(value):
             raise BadInput(f"{key}={value} must be a finite number")
     for key in ("clock.max_hours", "rounds.commit_every_s", "rounds.max_steps", "sync.chunk_s", "sync.attempt_s", "sync.link_gbit",
-                "model.width", "model.heads", "model.kv_heads"):  # fmt: skip
+                "model.width", "model.heads", "model.kv_heads", "model.vocab", "data.shards", "data.workers"):  # fmt: skip
         value = OmegaConf.select(cfg, key)
         if value is not None and value <= 0:
             raise BadInput(f"{key}={value} must be > 0, or null")
@@ -319,6 +330,11 @@ def _check(cfg: Config) -> None:
         for key in ("tokens_per_s", "train_kw", "device_batch", "ranks", "threads_local", "threads_federated"):
             if site[key] <= 0:
                 raise BadInput(f"sites.{name}.{key}={site[key]} must be > 0")
+        for key, allowed in (("parallel", ("ddp", "fsdp")), ("energy", ("auto", "model"))):
+            if site[key] not in allowed:
+                raise BadInput(f"sites.{name}.{key}={site[key]} is not one of {', '.join(allowed)}")
+        if site.peak_tflops is not None and site.peak_tflops <= 0:
+            raise BadInput(f"sites.{name}.peak_tflops={site.peak_tflops} must be > 0, or null")
         for key in ("idle_kw", "provision_s", "startup_s"):
             if site[key] < 0:
                 raise BadInput(f"sites.{name}.{key}={site[key]} must be >= 0")
@@ -393,16 +409,18 @@ def _digest(parts: dict) -> str:
 def train_digest(cfg: Config) -> str:
     """Digest of all that every member must share: model, data, optimizer, rounds, budget, seed, numerics of sync."""
     c = plain(cfg)
-    data = {k: v for k, v in c["data"].items() if k != "dir"}
+    data = {k: v for k, v in c["data"].items() if k not in ("dir", "workers")}
+    model = {k: v for k, v in c["model"].items() if k not in ("compile", "init")}  # theta_0 has a digest of its own
     sync = {k: c["sync"][k] for k in ("wire", "chunk_mb", "topology")}
-    parts = {k: c[k] for k in ("model", "optim", "rounds", "budget", "seed", "eval")}
-    return _digest(parts | {"data": data, "sync": sync, "clock_mode": c["clock"]["mode"]})
+    parts = {k: c[k] for k in ("optim", "rounds", "budget", "seed", "eval")}
+    return _digest(parts | {"model": model, "data": data, "sync": sync, "clock_mode": c["clock"]["mode"]})
 
 
 def schedule_digest(cfg: Config) -> str:
     """Digest of what decides when sites train and what it costs; a resumed run must match it too."""
     c = plain(cfg)
-    machine = ("device", "device_batch", "ranks", "threads_local", "threads_federated")
+    machine = ("device", "device_batch", "ranks", "parallel", "checkpointing", "energy", "peak_tflops", "threads_local",
+               "threads_federated")  # fmt: skip
     sites = {n: {k: v for k, v in s.items() if k not in machine} for n, s in c["sites"].items()}
     clock = dict(c["clock"])
     if clock["mode"] == "wall":  # a run that ended at its limit may go on under a later one

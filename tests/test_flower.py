@@ -1,6 +1,6 @@
 """The paper's design on a real Flower against ours: the same arithmetic, the same batches, the same loss, nothing left behind.
 
-bench/flower/run.py makes .venv-flower on first use, which takes about a minute. A round through Flower's processes takes 6 to
+bench/flower/run.py makes .venv-flower first, which takes about a minute. A round through Flower's processes takes 6 to
 12 s however small it is (flwr polls every 3 s and starts a process for each message), so only THROUGH rounds go that way and
 must give the same bits as without them.
 """
@@ -33,8 +33,14 @@ def flower_processes() -> set[int]:
     return {p.pid for p in psutil.process_iter(["cmdline"]) if ".venv-flower" in " ".join(p.info["cmdline"] or [])}
 
 
+@pytest.fixture(scope="module")
+def made():
+    """.venv-flower, made with the user's own HOME: pip, and what pip asks for its versions, may write there."""
+    subprocess.run([*RUN, "setup"], check=True, stdout=subprocess.DEVNULL, timeout=600)
+
+
 @pytest.fixture
-def env(tmp_path):
+def env(tmp_path, made):
     """The environment for run.py, which must leave no process, nothing in TMPDIR, and nothing in HOME."""
     folders = {name: tmp_path / name.lower() for name in ("HOME", "TMPDIR")}
     for folder in folders.values():

@@ -3,6 +3,7 @@
     python bench/flower/run.py echo --params 124e6 --sites 2 --rounds 4          seconds a round; sites send back what they got
     python bench/flower/run.py train CONFIG [key=value ...] --rounds 10          our model and data; --nesterov: outer 0.7 / 0.9
     python bench/flower/run.py parity                                            Flower's average and ours, bound 1e-6
+    python bench/flower/run.py setup                                             only the environment
 
 Each with --json: one object on stdout; everything else goes to stderr. arXiv:2602.22760 is built on Flower; app/ is its
 design as a Flower app: all parameters to every site, FedAvg weighted by micro-batches, model and inner optimizers new in
@@ -293,7 +294,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(parity() if argv[1] == "parity" else here(job)))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("echo", "train", "parity"))
+    parser.add_argument("command", choices=("echo", "train", "parity", "setup"))
     parser.add_argument("config", nargs="*", help="train: CONFIG [key=value ...]")
     parser.add_argument("--params", type=float, default=124e6, help="echo: fp32 numbers")
     parser.add_argument("--sites", type=int, default=2, help="echo: how many")
@@ -304,7 +305,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--timeout-s", type=float, default=1800.0)
     parser.add_argument("--json", action="store_true")
     a = parser.parse_intermixed_args(argv)
-    if a.command == "parity":
+    if a.command == "setup":
+        result = {"environment": str(environment().parent)}
+        lines = [result["environment"]]
+    elif a.command == "parity":
         result = inside("parity", {})
         worst = max(r["rel"] for rows in result.values() for r in rows)
         result |= {"bound": BOUND, "worst": worst}
