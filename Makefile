@@ -67,4 +67,4 @@ referee: $(READY)  ## our accounting against Vessim's, in an environment of its 
 	$(BIN)/python bench/referee.py
 
 clean:
-	rm -rf $(VENV) .venv-vessim .venv-flower runs data
+	rm -rf $(VENV) .venv-* runs data

@@ -4,7 +4,7 @@
 
 Two cases: 1 kW at every site over the whole demo day, and the power of a recorded run (RUN_DIR; without one, the demo's
 schedule as simulated). Vessim (github.com/dos-group/vessim) steps through both second by second, with the mean power of
-each second, as a meter would read it, in an environment of its own, .venv-vessim, which this script makes on first use.
+each second, as a meter would read it, in an environment of its own, .venv-vessim, which environments.py makes on first use.
 Ours are exact integrals. Bound: 0.1 %.
 """
 
@@ -12,23 +12,12 @@ import json
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
+import environments
+
 REPO = Path(__file__).resolve().parent.parent
-VESSIM = "vessim==0.16.0"
 STEP_S = 1
-
-
-def environment() -> Path:
-    """The Python of .venv-vessim, made if it is not there."""
-    folder = REPO / ".venv-vessim"
-    python = folder / "bin" / "python"
-    if not (folder / ".ready").exists():
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", VESSIM], check=True, stdout=sys.stderr, stderr=subprocess.DEVNULL)
-        (folder / ".ready").touch()
-    return python
 
 
 def theirs(cases: dict) -> dict:
@@ -91,7 +80,8 @@ def main(argv: list[str]) -> int:
                 ours[name] += carbon.emissions_kg(1.0, run["traces"][spec.region], start, start + end_s)
         if columns is not constant:
             ours[name] = carbon.account(columns, cfg, run["traces"])["emissions_kg"]
-    done = subprocess.run([environment(), __file__, "--inside"], input=json.dumps(cases), stdout=subprocess.PIPE, text=True, check=True)
+    call = [environments.make("vessim") / "python", __file__, "--inside"]
+    done = subprocess.run(call, input=json.dumps(cases), stdout=subprocess.PIPE, text=True, check=True)
     rows = {
         name: {"ours_kg": ours[name], "vessim_kg": kg, "difference": kg / ours[name] - 1} for name, kg in json.loads(done.stdout).items()
     }

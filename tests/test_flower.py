@@ -1,6 +1,6 @@
 """The paper's design on a real Flower against ours: the same arithmetic, the same batches, the same loss, nothing left behind.
 
-bench/flower/run.py makes .venv-flower first, which takes about a minute. A round through Flower's processes takes 6 to
+bench/environments.py makes .venv-flower first, which takes about a minute. A round through Flower's processes takes 6 to
 12 s however small it is (flwr polls every 3 s and starts a process for each message), so only THROUGH rounds go that way and
 must give the same bits as without them.
 """
@@ -36,7 +36,7 @@ def flower_processes() -> set[int]:
 @pytest.fixture(scope="module")
 def made():
     """.venv-flower, made with the user's own HOME: pip, and what pip asks for its versions, may write there."""
-    subprocess.run([*RUN, "setup"], check=True, stdout=subprocess.DEVNULL, timeout=600)
+    subprocess.run([sys.executable, REPO / "bench/environments.py", "flower"], check=True, stdout=subprocess.DEVNULL, timeout=600)
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@
     python bench/flower/run.py echo --params 124e6 --sites 2 --rounds 4          seconds a round; sites send back what they got
     python bench/flower/run.py train CONFIG [key=value ...] --rounds 10          our model and data; --nesterov: outer 0.7 / 0.9
     python bench/flower/run.py parity                                            Flower's average and ours, bound 1e-6
-    python bench/flower/run.py setup                                             only the environment
 
 Each with --json: one object on stdout; everything else goes to stderr. arXiv:2602.22760 is built on Flower; app/ is its
 design as a Flower app: all parameters to every site, FedAvg weighted by micro-batches, model and inner optimizers new in
 each round. A SuperLink and a SuperNode for each site run as real processes, in an environment of its own, .venv-flower, which
-this script makes on first use; `train --here` runs the same app in one process without them. All addresses are loopback, all
+environments.py makes on first use; `train --here` runs the same app in one process without them. All addresses are loopback, all
 that Flower writes is in a temporary folder, and nothing is left behind, whatever happens (kill -9 leaves that folder).
 """
 
@@ -24,28 +23,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from contextlib import suppress
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPO / "bench"))
+import environments  # noqa: E402
+
 APP = Path(__file__).resolve().parent / "app"
-FLOWER = "flwr==1.25.0"
-OURS = ("torch", "numpy", "omegaconf", "safetensors", "blake3", "tokenizers", "pyarrow")  # what model, optim, data, config, sync import
 BOUND = 1e-6
 TRIES = 3
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-
-
-def environment() -> Path:
-    """The bin folder of .venv-flower, made if it is not there, with our own pins."""
-    folder = REPO / ".venv-flower"
-    if not (folder / ".ready").exists():
-        pins = [line for line in (REPO / "requirements.txt").read_text().split() if line.split("==")[0] in OURS]
-        venv.create(folder, with_pip=True, clear=True)  # or what an interrupted attempt left
-        subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", FLOWER, *pins], check=True, stdout=sys.stderr)
-        (folder / ".ready").touch()
-    return folder / "bin"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,7 +66,7 @@ class Federation:
     them at the end of the `with` block."""
 
     def __init__(self, sites: int):
-        self.bin, self.sites, self.processes = environment(), sites, []
+        self.bin, self.sites, self.processes = environments.make("flower"), sites, []
 
     def __enter__(self) -> "Federation":
         prctl(PR_SET_CHILD_SUBREAPER, 1)  # what Flower's programs start comes to us when they die
@@ -268,7 +256,7 @@ def inside(command: str, job: dict) -> dict:
     with tempfile.TemporaryDirectory(prefix="curtail-flower-") as home:
         file = Path(home) / "job.json"
         file.write_text(json.dumps(job | {"file": str(file)}))
-        call = [environment() / "python", __file__, "--inside", command, str(file)]
+        call = [environments.make("flower") / "python", __file__, "--inside", command, str(file)]
         done = subprocess.run(call, env=env | {"HOME": home, "TMPDIR": home}, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"run.py: {command} failed with code {done.returncode}")
@@ -294,7 +282,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(parity() if argv[1] == "parity" else here(job)))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("echo", "train", "parity", "setup"))
+    parser.add_argument("command", choices=("echo", "train", "parity"))
     parser.add_argument("config", nargs="*", help="train: CONFIG [key=value ...]")
     parser.add_argument("--params", type=float, default=124e6, help="echo: fp32 numbers")
     parser.add_argument("--sites", type=int, default=2, help="echo: how many")
@@ -305,10 +293,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--timeout-s", type=float, default=1800.0)
     parser.add_argument("--json", action="store_true")
     a = parser.parse_intermixed_args(argv)
-    if a.command == "setup":
-        result = {"environment": str(environment().parent)}
-        lines = [result["environment"]]
-    elif a.command == "parity":
+    if a.command == "parity":
         result = inside("parity", {})
         worst = max(r["rel"] for rows in result.values() for r in rows)
         result |= {"bound": BOUND, "worst": worst}
