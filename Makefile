@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-sync bench-links bench-flower storm bench-recovery ablation referee clean
+.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-sync bench-links bench-flower bench-train day-gpu storm bench-recovery ablation referee clean
 
 FULL := ours paper paper_two_site paper_centralized
 MINI := mini_ours mini_paper mini_two_site mini_centralized
@@ -53,6 +53,17 @@ bench-links: $(READY)  ## the same on links of 1 Gbit/s, 100 Mbit/s, 10 Mbit/s: 
 bench-flower: $(READY)  ## the paper's design on Flower beside ours: arithmetic, then seconds a round; about 10 minutes
 	$(BIN)/python bench/flower/run.py parity
 	for n in 124e6 280e6; do $(BIN)/python bench/sync.py --params $$n --flower || exit 1; done
+
+bench-train: $(READY)  ## tokens/s of one CPU thread beside transformers' model, then of a whole step; about 5 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python bench/train.py bench/configs/speed_cpu.yaml --transformers --threads 1
+	$(BIN)/python bench/train.py configs/d4_cpu.yaml --threads 1
+
+day-gpu: $(READY)  ## the three-site day at d8 on one GPU, which the sites share: ours, centralized, two sites; downloads 1 GB
+	$(BIN)/python data.py prepare configs/d8_day.yaml
+	$(BIN)/python launch.py configs/d8_day.yaml fresh=true
+	$(BIN)/python launch.py configs/d8_day.yaml run=d8_centralized only=[california] policy.name=always clock.max_hours=null fresh=true
+	$(BIN)/python launch.py configs/d8_day.yaml run=d8_two_site only=[california,texas] policy.name=always fresh=true
+	$(BIN)/python figures.py runs/d8_day runs/d8_centralized runs/d8_two_site --out figures/d8
 
 storm: $(READY)  ## 50 real faults on a real run, then the bill, for three seeds: about 8 minutes each
 	for seed in 1 2 3; do $(BIN)/python bench/storm.py --seed $$seed --faults 50 || exit 1; done

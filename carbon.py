@@ -1,11 +1,12 @@
 """Carbon: traces of intensity, the windows in them, and what a run drew and emitted. Pure numpy.
 
     python carbon.py describe traces/paper_day.csv --threshold 100
-    python carbon.py account runs/demo/intervals.csv configs/demo.yaml [--rule exact|paper] [--json]
+    python carbon.py account runs/demo/intervals.csv configs/demo.yaml [--rule exact|paper] [--energy energy.csv] [--json]
 
 A trace holds each sample until the next one: half-open intervals [start, next start) with a constant value in
 gCO2/kWh, times in int64 UTC seconds. Energy is power x time, emissions are power x the exact integral of intensity,
-so splitting an interval never changes a total. Knows nothing of torch, sockets or clocks.
+so splitting an interval never changes a total. Power is a state's idle_kw or train_kw, scaled to what the site's meters say
+where they were read (`drawn`). Knows nothing of torch, sockets or clocks.
 """
 
 import csv
@@ -391,6 +392,56 @@ def _without(row: Interval, hole: Interval) -> list[Interval]:
     return [piece for piece in (left, right) if piece.end_s > piece.start_s]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A process of a site has drawn `kwh` from its start to t_s (seconds since clock.start), by its meters."""
+
+    site: str
+    incarnation: str  # which process
+    t_s: float
+    kwh: float
+    method: str  # which meters: devices.Meter.method
+
+
+READINGS = "site,incarnation,t_s,kwh,method"
+
+
+def reading_line(r: Reading) -> str:
+    return f"{r.site},{r.incarnation},{r.t_s!r},{r.kwh!r},{r.method}"
+
+
+def read_readings(path: str) -> list[Reading]:
+    """Rows of an energy.csv, in the order of the file; a last line torn by a crash is left out."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path} does not exist; only sites with meters, on the wall clock, leave an energy.csv")
+    text = Path(path).read_text()
+    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [READINGS]
+    if header != READINGS:
+        raise BadInput(f"{path}: header is {header}; expected {READINGS}")
+    out: list[Reading] = []
+    before: dict[str, Reading] = {}
+    for i, line in enumerate(lines):
+        try:
+            site, incarnation, t_s, kwh, method = line.split(",")
+            r = Reading(site, incarnation, float(t_s), float(kwh), method)
+            last = before.get(site, Reading(site, "", -1.0, 0.0, ""))
+            least = last.kwh if last.incarnation == incarnation else 0.0
+            if not (last.t_s < r.t_s < math.inf and least <= r.kwh < math.inf):
+                raise ValueError
+        except ValueError:
+            raise BadInput(f"{path} row {i + 2}: {line!r} is not {READINGS}, with t_s growing at a site and kwh never falling in "
+                           "a process; mend the row or take it out") from None  # fmt: skip
+        before[site] = r
+        out.append(r)
+    return out
+
+
+def readings_of(run_dir: Path) -> list[Reading]:
+    """What the meters of a run's sites said, if any did."""
+    path = run_dir / "energy.csv"
+    return read_readings(str(path)) if path.exists() else []
+
+
 def power_kw(site, state: str) -> float:
     """kW drawn by a site (its config section) in a power state."""
     return {"off": 0.0, "training": site.train_kw}.get(state, site.idle_kw)
@@ -405,31 +456,80 @@ def emissions_kg(power: float, trace: Trace, t0: float, t1: float) -> float:
     return power * trace.integral(t0, t1) / 3600.0 / 1000.0
 
 
-def account(rows: "list[Interval] | Columns", cfg, traces: dict[str, Trace]) -> dict:
-    """Energy and emissions of a run, exact rule. -> {energy_kwh, emissions_kg, curtailed_share, sites: {...}}
+MODELLED = "idle_kw and train_kw"
+MEASURED = ("between two readings of one process's meters, throughout which its site was up: idle_kw and train_kw scaled to what they "
+            "measured; elsewhere, and for baselines and floor: idle_kw and train_kw")  # fmt: skip
+NOTHING = (np.empty(0, np.uint8), np.empty(0), np.empty(0))  # a site without an interval, as Columns
 
+
+def drawn(column: tuple, spec, readings: list[Reading] = ()) -> tuple[np.ndarray, ...]:
+    """A site's power over its intervals. -> state codes, start_s, end_s, kW, whether measured; (n,) each.
+
+    column: its entry in Columns; spec: its config section; readings: its own, in time order. Between two readings of one
+    process, throughout which the site was up, the model's power is scaled so that its energy is what was measured; intervals
+    are split there. Without readings all is the model's, and the intervals are as they were.
+    """
+    codes, begins, ends = column
+    model_kw = np.array([power_kw(spec, state) for state in STATES])
+    if len(readings) < 2 or not len(codes):
+        return codes, begins, ends, model_kw[codes], np.zeros(len(codes), bool)
+    times, kwh = (np.array([getattr(r, name) for r in readings]) for name in ("t_s", "kwh"))
+    edges = np.unique(np.concatenate((begins, ends, times)))
+    begins_in, ends_in = edges[:-1], edges[1:]
+    of = np.searchsorted(begins, begins_in, side="right") - 1
+    inside = (of >= 0) & (begins_in < ends[of])
+    begins, ends, codes = begins_in[inside], ends_in[inside], codes[of[inside]]
+    kw, seconds = model_kw[codes], ends - begins
+    span = np.searchsorted(times, begins, side="right")  # 0: before the first reading; i: from reading i - 1 on
+    modelled_kwh, up_s = (np.bincount(span, x, len(times) + 1)[1:-1] for x in (energy_kwh(kw, seconds), seconds * (codes != CODES["off"])))
+    measured_kwh = np.diff(kwh)
+    counts = np.array([a.incarnation == b.incarnation for a, b in zip(readings, readings[1:])])
+    counts &= (measured_kwh >= 0) & (modelled_kwh > 0) & (up_s > np.diff(times) - 1e-6)
+    scale = np.divide(measured_kwh, modelled_kwh, out=np.ones(len(counts)), where=counts)
+    scale, counts = np.pad(scale, 1, constant_values=1.0), np.pad(counts, 1)
+    return codes, begins, ends, kw * scale[span], counts[span]
+
+
+def account(rows: "list[Interval] | Columns", cfg, traces: dict[str, Trace], readings: list[Reading] = ()) -> dict:
+    """Energy and emissions of a run, exact rule, measured where `readings` cover it.
+    -> {energy_kwh, emissions_kg, curtailed_share, energy_method, measured_share, sites: {...}}
+
+    energy_method: model, or the meters that measured measured_share of the energy; mixed: several kinds.
     Raises BadInput if an interval that draws power leaves its trace.
     """
     start, low = config.start_unix(cfg), cfg.carbon.curtailed_below_g_per_kwh
     by_site, sites = rows if isinstance(rows, dict) else columns(rows), {}
     for name, spec in cfg.sites.items():
-        codes, begins, ends = by_site.get(name, (np.empty(0, np.uint8), np.empty(0), np.empty(0)))
+        mine = [r for r in readings if r.site == name]
+        codes, begins, ends, kw, measured = drawn(by_site.get(name, NOTHING), spec, mine)
         up = codes != CODES["off"]
-        codes, t0, t1 = codes[up], start + begins[up], start + ends[up]
-        trace, kw = traces[spec.region], np.array([power_kw(spec, state) for state in STATES])[codes]
+        codes, t0, t1, kw, measured = codes[up], start + begins[up], start + ends[up], kw[up], measured[up]
+        trace = traces[spec.region]
         kwh, kg = energy_kwh(kw, t1 - t0), kw * trace.integrals(t0, t1) / 3600.0 / 1000.0
         curtailed = energy_kwh(kw, trace.seconds_below(low, t0, t1))
         hours = np.bincount(codes, t1 - t0, len(STATES)) / 3600
         sites[name] = {
             "energy_kwh": float(kwh.sum()), "emissions_kg": float(kg.sum()), "curtailed_kwh": float(curtailed.sum()),
+            "energy_method": _one_of({r.method for r in mine} if measured.any() else set()), "measured_kwh": float(kwh[measured].sum()),
             "train_hours": float(hours[CODES["training"]]), "up_hours": float(hours.sum() - hours[CODES["provisioning"]]),
             "kwh_by_state": _by_state(codes, kwh), "kg_by_state": _by_state(codes, kg),
         }  # fmt: skip
-    total = {k: sum(s[k] for s in sites.values()) for k in ("energy_kwh", "emissions_kg", "curtailed_kwh")}
+    total = {k: sum(s[k] for s in sites.values()) for k in ("energy_kwh", "emissions_kg", "curtailed_kwh", "measured_kwh")}
+    total["energy_method"] = _one_of({s["energy_method"] for s in sites.values()} - {"model"})
     for part in [total, *sites.values()]:
-        part["curtailed_share"] = part["curtailed_kwh"] / part["energy_kwh"] if part["energy_kwh"] else None
-        del part["curtailed_kwh"]
+        for share in ("curtailed", "measured"):
+            kwh = part.pop(f"{share}_kwh")
+            part[f"{share}_share"] = kwh / part["energy_kwh"] if part["energy_kwh"] else None
     return total | {"sites": sites}
+
+
+def how_measured(part: dict) -> str:
+    """Of an account or one of its sites, to go behind its kWh; empty for the model's."""
+    return f", {100 * part['measured_share']:.0f} % measured ({part['energy_method']})" if part.get("measured_share") else ""
+
+
+def _one_of(methods: set[str]) -> str:
+    return "mixed" if len(methods) > 1 else next(iter(methods), "model")
 
 
 def _by_state(codes: np.ndarray, amounts: np.ndarray) -> dict[str, float]:
@@ -521,22 +621,28 @@ def describe(argv: list[str]) -> int:
 
 
 def account_command(argv: list[str]) -> int:
-    as_json, rule = "--json" in argv, "exact"
+    as_json, given = "--json" in argv, {"--rule": "exact", "--energy": None}
     argv = [a for a in argv if a != "--json"]
-    if "--rule" in argv:
-        i = argv.index("--rule")
-        rule = argv[i + 1] if i + 1 < len(argv) else ""
-        del argv[i : i + 2]
+    for option in given:
+        if option in argv:
+            i = argv.index(option)
+            given[option] = argv[i + 1] if i + 1 < len(argv) else ""
+            del argv[i : i + 2]
+    rule, energy = given.values()
     if rule not in ("exact", "paper"):
         raise BadInput(f"--rule {rule} is not one of exact, paper")
+    if energy is not None and rule == "paper":
+        raise BadInput("--rule paper knows no measured energy; leave out --energy, or take --rule exact")
     if len(argv) < 2:
         raise BadInput("account needs INTERVALS.csv and CONFIG")
     rows, cfg = read_intervals(argv[0]), config.load(argv[1:])
+    readings = [] if energy is None else read_readings(energy)
     traces = load_traces(cfg)
     used = [row for row in rows if row.site in cfg.sites]
     if not used:
         raise BadInput(f"{argv[0]}: no row of a site of {argv[1]} ({', '.join(cfg.sites)})")
-    result = (account if rule == "exact" else account_paper)(used, cfg, traces) | {"rule": rule}
+    result = account(used, cfg, traces, readings) if rule == "exact" else account_paper(used, cfg, traces)
+    result["rule"] = rule
     if central := [row for row in rows if row.site == "centralized"]:
         result["baselines"] = {}
         spec = next(iter(cfg.sites.values()))
@@ -544,13 +650,13 @@ def account_command(argv: list[str]) -> int:
             one = config.OmegaConf.create({"clock": cfg.clock, "carbon": cfg.carbon, "sites": {"centralized": {**spec, "region": region}}})
             one_result = (account if rule == "exact" else account_paper)(central, one, traces)
             result["baselines"][region] = one_result["emissions_kg"]
-    result["provenance"] = provenance(cfg) | {"rule": rule}
+    result["provenance"] = provenance(cfg) | {"rule": rule, "energy": MEASURED if result.get("measured_share") else MODELLED}
     if as_json:
         print(json.dumps(result))
         return 0
-    print(f"{rule} rule: {result['emissions_kg']:.4f} kgCO2, {result['energy_kwh']:.3f} kWh")
+    print(f"{rule} rule: {result['emissions_kg']:.4f} kgCO2, {result['energy_kwh']:.3f} kWh{how_measured(result)}")
     for name, s in result["sites"].items():
-        print(f"  {name:18} {s['emissions_kg']:.4f} kgCO2  {s['energy_kwh']:.3f} kWh")
+        print(f"  {name:18} {s['emissions_kg']:.4f} kgCO2  {s['energy_kwh']:.3f} kWh{how_measured(s)}")
     for region, kg in result.get("baselines", {}).items():
         print(f"  centralized in {region:12} {kg:.3f} kgCO2, ours is {100 * result['emissions_kg'] / kg:.1f} %")
     return 0

@@ -159,7 +159,7 @@ class Site:
     ranks: int = 1  # what launch.py starts; by hand: torchrun --nproc_per_node
     parallel: str = "ddp"  # how ranks share the model: ddp: each holds all of it | fsdp: each holds 1/N (FSDP2)
     checkpointing: bool = False  # recompute a block's activations in the backward pass: less memory, a third more time
-    energy: str = "auto"  # wall clock: auto: measured where it can be (power.py) | model: idle_kw and train_kw
+    energy: str = "auto"  # wall clock: auto: measured where it can be (devices.py) | model: idle_kw and train_kw
     peak_tflops: float | None = None  # of one device at model.dtype, for the MFU; null: known GPUs by name, others have none
     threads_local: int = 2
     threads_federated: int = 1

@@ -44,8 +44,9 @@ from model import GPT, Shape, num_params, shape_of
 from rounds import Action, Run
 from vault import Vault
 
-RUN_FILES = ("*.jsonl", "intervals.csv", "summary.json", "config.yaml", "address")
+RUN_FILES = ("*.jsonl", "intervals.csv", "energy.csv", "summary.json", "config.yaml", "address")
 INTERVALS_EVERY_S = 5.0
+READINGS_EVERY_S = 1.0
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 RUN_FOLDERS = ("state", "sites", "figures", "wandb", "logs")
 
@@ -73,6 +74,9 @@ class Coordinator:
         self.vault = Vault(cfg, self.dir / "state", self._has_written)
         self.run, self.samples = simulate.new_run(cfg, self.traces)
         self.incarnations: dict[str, str] = {}  # of each site's last process
+        self.energy = report.Lines(self.dir / "energy.csv")
+        self.readings = carbon.readings_of(self.dir)  # what the sites' meters said
+        self.last_readings = {r.site: r for r in self.readings}
         self.unheard: set[str] = set()  # after a restart: sites that should say hello
         self.result: dict[str, torch.Tensor] = {}  # a round's result that a holder sent up, by its digest
         self.hub = self._listen()
@@ -207,7 +211,7 @@ class Coordinator:
         for record in records:
             if line := report.describe(record, self.cfg, self.run):
                 print(line, flush=True)
-            self.panel.log(record, self.run, self.traces, self._intervals(record["t_s"]))
+            self.panel.log(record, self.run, self.traces, self._intervals(record["t_s"]), self.readings)
 
     def execute(self, t: float, action: Action, run: Run) -> None:
         """Carry out one action, waiting for the sites where the next decision needs them."""
@@ -446,7 +450,7 @@ class Coordinator:
     def _spent(self, site: str) -> dict:
         """What the site has drawn and emitted up to now, exact rule: the base of its log of the coming round."""
         rows = [r for r in self._intervals(self.t) if r.site == site]
-        spent = carbon.account(rows, self.cfg, self.traces)["sites"][site]
+        spent = carbon.account(rows, self.cfg, self.traces, self.readings)["sites"][site]
         return {"energy_kwh": spent["energy_kwh"], "emissions_kg": spent["emissions_kg"]}
 
     # -- hearing the sites --------------------------------------------------------------------------------------------
@@ -464,7 +468,10 @@ class Coordinator:
         site, identity, header, payload = message
         if header["type"] == "hello":
             self._on_hello(site, header, identity)
-        elif handler := getattr(self, "_on_" + header["type"], None):
+            return
+        if "energy" in header and not self.virtual:  # virtual seconds cost what the config says
+            self._metered(site, **header["energy"])
+        if handler := getattr(self, "_on_" + header["type"], None):
             handler(site, header, payload)
 
     def _on_hello(self, site: str, hello: dict, identity: bytes) -> None:
@@ -497,6 +504,17 @@ class Coordinator:
             self.run.back(self.t, site, status)
         else:
             self.run.present(site)
+
+    def _metered(self, site: str, kwh: float, method: str) -> None:
+        """What a site has drawn since its process started, by its meters: a row of energy.csv, at most one a second."""
+        reading, last = carbon.Reading(site, self.incarnations[site], round(self.t, 3), kwh, method), self.last_readings.get(site)
+        if last and (reading.t_s < last.t_s + READINGS_EVERY_S or (reading.incarnation == last.incarnation and kwh < last.kwh)):
+            return
+        if not self.readings:
+            self.energy.write(carbon.READINGS)
+        self.energy.write(carbon.reading_line(reading))
+        self.readings.append(reading)
+        self.last_readings[site] = reading
 
     def _on_gone(self, site: str, header: dict, payload) -> None:
         self._lost(site, header.get("why", "has closed its connection"))

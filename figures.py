@@ -47,11 +47,12 @@ def load(run_dir: Path) -> dict:
     run = {
         "dir": run_dir, "cfg": cfg, "traces": carbon.load_traces(cfg), "records": effective(read_journal(run_dir / "journal.jsonl")),
         "rows": carbon.read_intervals(str(run_dir / "intervals.csv")), "steps": report.load_steps(run_dir, cfg.sites),
+        "readings": carbon.readings_of(run_dir),
     }  # fmt: skip
     tally = report.Tally(cfg.sites)
     for record in run["records"]:
         tally.add(record)
-    return run | {"summary": report.summarize(tally, run["rows"], run["steps"], cfg, run["traces"])}
+    return run | {"summary": report.summarize(tally, run["rows"], run["steps"], cfg, run["traces"], run["readings"])}
 
 
 def moment(unix: float):
@@ -164,11 +165,11 @@ def draw(run: dict, site: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     cfg, start = run["cfg"], config.start_unix(run["cfg"])
     spec, trace = cfg.sites[site], run["traces"][cfg.sites[site].region]
     rows = run["rows"]
-    codes, begins, ends = (rows if isinstance(rows, dict) else carbon.columns(rows))[site]
+    column = (rows if isinstance(rows, dict) else carbon.columns(rows))[site]
+    _, begins, ends, kw, _ = carbon.drawn(column, spec, [r for r in run["readings"] if r.site == site])
     samples = trace.starts[(trace.starts > start) & (trace.starts < start + ends[-1])] - start
     edges = np.unique(np.concatenate((begins, ends, samples.astype(float))))
-    kw = np.array([carbon.power_kw(spec, state) for state in carbon.STATES])
-    now = codes[np.searchsorted(begins, edges[:-1], side="right") - 1]
+    now = np.searchsorted(begins, edges[:-1], side="right") - 1
     last = np.searchsorted(trace.starts, start + edges[:-1], side="right") - 1
     return edges, kw[now], trace.values[last]
 
@@ -202,9 +203,9 @@ def power(run: dict):
     fig, axes = plt.subplots(len(heights), 1, sharex=True, figsize=(10.5, 2.4 + 0.85 * len(sites)),
                              gridspec_kw={"hspace": 0.18, "height_ratios": heights})  # fmt: skip
     panels, rate = axes[:-1], axes[-1]
-    most = max(run["cfg"].sites[s].train_kw for s in sites)
-    for i, (panel, site) in enumerate(zip(panels, sites)):
-        edges, kw, mci = draw(run, site)
+    draws = [draw(run, site) for site in sites]
+    most = max([run["cfg"].sites[s].train_kw for s in sites] + [float(kw.max()) for _, kw, _ in draws])
+    for i, (panel, site, (edges, kw, mci)) in enumerate(zip(panels, sites, draws)):
         when, color = [moment(start + t) for t in edges], COLORS[i % len(COLORS)]
         panel.fill_between(when, np.append(kw, kw[-1]), step="post", color=color, alpha=0.75, lw=0)
         panel.set_ylim(0, 1.15 * most)

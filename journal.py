@@ -37,8 +37,7 @@ class Journal:
         self.records: list[dict] = read(path) if path.exists() else []
         self._buffer: list[dict] = []
         try:
-            if path.exists() and (torn := path.stat().st_size - path.read_bytes().rfind(b"\n") - 1):
-                os.truncate(path, path.stat().st_size - torn)  # left by a crash while writing
+            mend(path)
             self._file = open(path, "ab", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from None
@@ -72,6 +71,12 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+
+def mend(path: Path) -> None:
+    """Cut off a last line torn by a crash while it was written, so that the next one is a line of its own."""
+    if path.exists() and (torn := path.stat().st_size - path.read_bytes().rfind(b"\n") - 1):
+        os.truncate(path, path.stat().st_size - torn)
 
 
 def read(path: Path) -> list[dict]:

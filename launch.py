@@ -138,6 +138,8 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     screen, again = None, [a for a in argv if not a.startswith("fresh=")]
+    if len(cfg.sites) > 1:  # a meter of this machine counts whole devices, whoever uses them
+        again += [f"sites.{name}.energy=model" for name in cfg.sites]
 
     def start_site(name: str) -> None:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,11 @@ What is in it:
 `depth` fixes the shape unless told otherwise: width 64 x depth, one head per 128 of width. d20 with a
 vocabulary of 65,536 has 560,988,160 parameters (560,988,200 with the scalars), as in arXiv:2602.22760.
 
-Letters: B batch, T sequence, C width, H heads, D head width, V vocabulary.
+Full speed without other kernels than PyTorch's own: the loss goes over the tokens in chunks and never holds all logits;
+what a step does between its matrix products has its gradient written out by hand, in few passes over memory;
+`compile_` fuses the rest. In fp32, or in bfloat16 under torch.autocast, where the residual stream is bfloat16 too.
+
+Letters: B batch, T sequence, N tokens (B x T), C width, H heads, D head width, V vocabulary.
 Knows nothing of sites, rounds or files.
 """
 
@@ -20,9 +24,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
 LOGIT_CAP = 15.0
 ROTARY_BASE = 10_000.0
+NORM_EPS = torch.finfo(torch.float32).eps  # F.rms_norm's in fp32, kept in bfloat16, whose own would be 0.008
+# Logits held at a time. On a GPU 8,192 tokens of a vocabulary of 65,536 keep it busy; a CPU's come to 4 MB and stay in its cache.
+GPU_CHUNK, CPU_CHUNK, MIN_CHUNK_TOKENS = 1 << 29, 1 << 20, 128
 
 
 @dataclass(frozen=True)
@@ -50,20 +59,63 @@ def shape_of(model, vocab: int) -> Shape:
     return Shape(model.depth, width, heads, kv_heads, model.seq_len, vocab, model.residual_scalars)
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
+class RMSNorm(Function):
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in fp32. Keeps its result, which the next layer keeps anyway, and not x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm.square() / x.size(-1) + NORM_EPS) + 0 * norm  # an overflow must end as NaN, not as zeros
+        y = (x * scale).to(x.dtype)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        y, scale = (t.float() for t in ctx.saved_tensors)
+        along = (dy * y).mean(-1, keepdim=True)
+        return torch.addcmul(dy.float(), y, along, value=-1).mul_(scale).to(dy.dtype)
+
+
+rms_norm = RMSNorm.apply
 
 
 def rotary_tables(seq_len: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (T, 1, D/2), fp32."""
+    """cos, and sin with the sign of its half, each (T, 1, D), fp32."""
     inv_freq = ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
     angle = torch.outer(torch.arange(seq_len, dtype=torch.float32), inv_freq)[:, None, :]
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
-def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x_BTHD.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+class Rotate(Function):
+    """Each pair (x[i], x[i + D/2]) turned by its position's angle; the gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx, x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return (x_BTHD * cos).addcmul_(x_BTHD.roll(x_BTHD.size(-1) // 2, -1), sin)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return (dy * cos).addcmul_(dy.roll(dy.size(-1) // 2, -1), sin, value=-1), None, None
+
+
+rotate = Rotate.apply
+
+
+class SquaredReLU(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (dy * x).mul_(2)
 
 
 class Attention(nn.Module):
@@ -94,7 +146,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * s.width, s.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.relu(self.fc(x)).square())
+        return self.proj(SquaredReLU.apply(self.fc(x)))
 
 
 class Block(nn.Module):
@@ -107,13 +159,69 @@ class Block(nn.Module):
         return x + self.mlp(rms_norm(x))
 
 
+def chunk_loss(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of a chunk of tokens, (N,) fp32, and with `gradient` its derivative by the logits before the cap, (N, V) fp32."""
+    tanh = (x_NC @ w_VC.t()).float().div_(LOGIT_CAP).tanh_()
+    log_p = torch.log_softmax(LOGIT_CAP * tanh, dim=-1)
+    of_target = log_p.gather(1, targets_N[:, None])
+    if not gradient:
+        return -of_target[:, 0], None
+    d = log_p.exp_().scatter_(1, targets_N[:, None], of_target.expm1())  # p, and p - 1 for the target
+    return -of_target[:, 0], d.addcmul_(d * tanh, tanh, value=-1)
+
+
+class MeanLoss(Function):
+    """Mean of `chunk_loss` over all tokens. The gradients are made at once, chunk by chunk while its logits are there, so that
+    nothing is computed twice and backward only scales them (Liger's fused linear cross-entropy, arXiv:2410.10989)."""
+
+    @staticmethod
+    def forward(ctx, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, size: int, kernel) -> Tensor:
+        w, loss = w_VC.to(x_NC.dtype), torch.zeros((), device=x_NC.device)
+        dx, dw = torch.empty_like(x_NC), torch.zeros_like(w_VC, dtype=torch.float32)
+        for x, targets, dx_chunk in zip(x_NC.split(size), targets_N.split(size), dx.split(size)):
+            losses, d = kernel(x, w, targets, True)
+            loss += losses.sum()
+            d = d.div_(len(x_NC)).to(x.dtype)
+            torch.mm(d, w, out=dx_chunk)
+            dw.addmm_(d.t(), x) if x.dtype == dw.dtype else dw.add_(d.t() @ x)
+        ctx.save_for_backward(dx, dw.to(w_VC.dtype))
+        return loss / len(x_NC)
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = ctx.saved_tensors
+        return dx * d_loss, dw * d_loss, None, None, None
+
+
+class Head(nn.Linear):
+    """Width to vocabulary, and the loss on it."""
+
+    def __init__(self, s: Shape):
+        super().__init__(s.width, s.vocab, bias=False)
+        self.kernel = chunk_loss  # or compiled
+
+    def forward(self, x_BTC: Tensor, targets_BT: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """See GPT.forward."""
+        if targets_BT is None:
+            return LOGIT_CAP * torch.tanh(super().forward(x_BTC).float() / LOGIT_CAP)
+        x, targets = x_BTC.flatten(0, 1), targets_BT.flatten()
+        size = max(MIN_CHUNK_TOKENS, (CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK) // self.out_features)
+        if torch.is_grad_enabled() and reduction == "mean":
+            return MeanLoss.apply(x, self.weight, targets, size, self.kernel)
+        with torch.no_grad():
+            w = self.weight.to(x.dtype)
+            losses = torch.cat([self.kernel(a, w, b, False)[0] for a, b in zip(x.split(size), targets.split(size))])
+        return losses.mean() if reduction == "mean" else losses.view_as(targets_BT)
+
+
 class GPT(nn.Module):
     def __init__(self, s: Shape):
         super().__init__()
         self.shape = s
+        self.checkpointing = False  # recompute each block in the backward pass, instead of keeping what it computed
         self.embed = nn.Embedding(s.vocab, s.width)
         self.blocks = nn.ModuleList(Block(s) for _ in range(s.depth))
-        self.head = nn.Linear(s.width, s.vocab, bias=False)
+        self.head = Head(s)
         self.residual = nn.Parameter(torch.ones(s.depth)) if s.residual_scalars else None
         self.x0 = nn.Parameter(torch.zeros(s.depth)) if s.residual_scalars else None
         cos, sin = rotary_tables(s.seq_len, s.width // s.heads)
@@ -134,20 +242,29 @@ class GPT(nn.Module):
             block.mlp.proj.weight.zero_()
         return self
 
-    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy in nats per token when targets are given, else logits (B, T, V) in fp32."""
-        T = ids_BT.size(1)
-        cos, sin = self.cos[:T], self.sin[:T]
-        x = x0 = rms_norm(self.embed(ids_BT))
+    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """Logits (B, T, V) in fp32; with targets the mean cross-entropy in nats per token; with reduction="none" each token's,
+        (B, T) fp32, for evaluation: it carries no gradient."""
+        T, kind = ids_BT.size(1), ids_BT.device.type
+        x = rms_norm(self.embed(ids_BT))
+        x = x0 = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
         for i, block in enumerate(self.blocks):
             if self.residual is not None:
                 x = self.residual[i] * x + self.x0[i] * x0
-            x = block(x, cos, sin)
-        logits = self.head(rms_norm(x)).float()
-        logits = LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
-        if targets_BT is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten())
+            if self.checkpointing:
+                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin)
+        return self.head(rms_norm(x), targets_BT, reduction)
+
+
+def compile_(model: GPT) -> None:
+    """torch.compile in place: the blocks, which share one compilation, and the head's chunk kernel. Parameters, their names and
+    the hooks around a block stay as they are; call it before DDP or fully_shard, so that theirs stay outside what is compiled."""
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True)
+    model.head.kernel = torch.compile(model.head.kernel, fullgraph=True)
 
 
 def num_params(model: nn.Module) -> int:

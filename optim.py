@@ -1,8 +1,8 @@
 """The inner optimizer and its one schedule.
 
 Muon for the matrices of the blocks, AdamW for embeddings, head and scalars, as in nanochat. We use
-`torch.optim.Muon`; nanochat's own is a variant of it (it shards the orthogonalisation over ranks and adds a
-variance-normalised step in later versions), so curves agree in shape, not in digits.
+`torch.optim.Muon`; nanochat's own is a variant of it (later versions add a variance-normalised step), so curves agree in
+shape, not in digits. How several ranks share its work is parallel.py's.
 
 The outer step, which joins sites, lives in sync.py: it is part of the protocol.
 """
@@ -10,7 +10,10 @@ The outer step, which joins sites, lives in sync.py: it is part of the protocol.
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch.distributed.tensor import DTensor
+
+from model import GPT
+from parallel import Ranks, SharedMuon, like, local
 
 ADAM_EPS = 1e-10  # nanochat; torch's 1e-8 is not small beside its tiny second moments
 
@@ -43,9 +46,10 @@ def schedule(position_tokens: float, budget_tokens: int, tokens_per_step: int, o
 
 
 class Inner:
-    """Muon and AdamW as one optimizer whose settings follow `schedule`."""
+    """Muon and AdamW as one optimizer whose settings follow `schedule`. ranks: who shares the model, if not this process alone."""
 
-    def __init__(self, model: nn.Module, optim):
+    def __init__(self, model: GPT, optim, ranks: Ranks | None = None):
+        self.ranks = ranks
         width_scale = (model.shape.width / 768) ** -0.5  # nanochat tuned the AdamW rates at width 768
         adam = [
             {"params": [model.embed.weight], "base_lr": optim.embedding_lr * width_scale},
@@ -54,44 +58,62 @@ class Inner:
         scalars = [p for p in (model.residual, model.x0) if p is not None]
         if scalars:
             adam.append({"params": scalars, "base_lr": optim.scalar_lr})
-        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=tuple(optim.betas), eps=ADAM_EPS, weight_decay=0.0)
-        self.muon = torch.optim.Muon(
-            [p for p in model.blocks.parameters()], lr=0.0, weight_decay=0.0, nesterov=True, adjust_lr_fn="original"
-        )
-        for group in self.muon.param_groups:
-            group["base_lr"] = optim.matrix_lr
+        matrices = list(model.blocks.parameters())
+        if optim.matrices == "adamw":
+            adam.append({"params": matrices, "base_lr": optim.matrix_lr})
+        fused = matrices[0].device.type == "cuda"
+        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=tuple(optim.betas), eps=ADAM_EPS, weight_decay=0.0, fused=fused)
+        self.muon = None
+        if optim.matrices == "muon" and ranks and ranks.size > 1:
+            self.muon = SharedMuon(matrices, ranks.rank, ranks.size)
+        elif optim.matrices == "muon":
+            self.muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0, nesterov=True, adjust_lr_fn="original")
+        self.matrices["base_lr"] = optim.matrix_lr
         self.weight_decay = optim.weight_decay
+        self._all = {name: o for name, o in (("adam", self.adam), ("muon", self.muon)) if o}
+
+    @property
+    def matrices(self) -> dict:
+        """The parameter group of the blocks' matrices."""
+        return self.muon.param_groups[0] if self.muon else self.adam.param_groups[-1]
 
     def set(self, point: Point) -> None:
-        for group in self.adam.param_groups + self.muon.param_groups:
-            group["lr"] = group["base_lr"] * point.lr_scale
-        for group in self.muon.param_groups:
-            group["momentum"] = point.muon_momentum
-            group["weight_decay"] = self.weight_decay * point.weight_decay_scale
+        for optimizer in self._all.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * point.lr_scale
+        self.matrices["weight_decay"] = self.weight_decay * point.weight_decay_scale
+        if self.muon:
+            self.matrices["momentum"] = point.muon_momentum
 
     def step(self) -> None:
-        self.adam.step()
-        self.muon.step()
+        for optimizer in self._all.values():
+            optimizer.step()
 
     def zero_grad(self) -> None:
-        self.adam.zero_grad(set_to_none=True)
-        self.muon.zero_grad(set_to_none=True)
+        for optimizer in self._all.values():
+            optimizer.zero_grad(set_to_none=True)
 
     # State as flat named tensors, so that it can be kept in safetensors and never needs unpickling.
     def tensors(self) -> dict[str, torch.Tensor]:
+        """What this rank holds, on whatever device it is."""
         out = {}
-        for name, opt in (("adam", self.adam), ("muon", self.muon)):
-            for index, state in opt.state_dict()["state"].items():
+        for name, optimizer in self._all.items():
+            for index, state in optimizer.state_dict()["state"].items():
                 for key, value in state.items():
-                    out[f"{name}.{index}.{key}"] = torch.as_tensor(value)
+                    out[f"{name}.{index}.{key}"] = local(torch.as_tensor(value))
         return out
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        for name, opt in (("adam", self.adam), ("muon", self.muon)):
-            full = opt.state_dict()
+        """What `tensors` gave at this rank of as many."""
+        for name, optimizer in self._all.items():
+            full = optimizer.state_dict()
             full["state"] = {}
             for key, value in tensors.items():
                 owner, index, field = key.split(".")
                 if owner == name:
                     full["state"].setdefault(int(index), {})[field] = value
-            opt.load_state_dict(full)
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            if name == "adam" and isinstance(params[0], DTensor):
+                for index, state in full["state"].items():
+                    full["state"][index] = {k: like(params[index], v) if v.dim() else v for k, v in state.items()}
+            optimizer.load_state_dict(full)

@@ -3,8 +3,8 @@ the coordinator and the site's own disk.
 
 theta is the start of the open round and stays untouched until that round is committed; the model's parameters move on
 from it. theta, m and theta_i are flat fp32 CPU vectors (see sync.py); on a CPU theta_i *is* the model's parameters, so that
-freezing costs nothing. On several ranks each holds all of them, rank 0 speaks to the coordinator and shares what it
-learns. Digests, files and uploads are made in the background, while the next round trains.
+freezing costs nothing. On several ranks rank 0 holds these vectors and speaks to the coordinator; parallel.py takes them to
+everyone's parameters and back. Digests, files and uploads are made in the background, while the next round trains.
 """
 
 import sys
@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -23,6 +22,7 @@ import sync
 from channel import ChannelError, Link
 from model import GPT, Shape
 from optim import Inner
+from parallel import Held, Ranks
 from report import Lines
 
 KEEP_INNER = 2
@@ -34,18 +34,18 @@ class Mismatch(RuntimeError):
 
 
 class Replica:
-    def __init__(self, cfg, shape: Shape, device: torch.device, link: Link | None, rank: int, ranks: int, folder: Path, run_id: str):
-        self.cfg, self.shape, self.device, self.link = cfg, shape, device, link
-        self.rank, self.ranks, self.folder, self.run_id = rank, ranks, folder, run_id
+    def __init__(self, cfg, shape: Shape, ranks: Ranks, link: Link | None, folder: Path, run_id: str):
+        self.cfg, self.shape, self.link, self.spec = cfg, shape, link, cfg.sites[cfg.site]
+        self.ranks, self.rank, self.folder, self.run_id = ranks, ranks.rank, folder, run_id
         self.chunk_mb = cfg.sync.chunk_mb
         self.round = -1  # whose start state theta and m are; -1: none
         self._digest: Future = Future()  # of theta
-        if rank == 0:
+        if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            self.held = Lines(folder / "held.jsonl")
+            self.held_log = Lines(folder / "held.jsonl")
         self.download_s = 0.0  # what the last download took
         self.agreed_of = -1  # the round whose committed average is still in `averager.agreed`
-        self.model: GPT | None = None
+        self.held: Held | None = None
         self.inner: Inner | None = None
         self._background: list[threading.Thread] = []
 
@@ -64,15 +64,14 @@ class Replica:
     def download(self, round_: int, numel: int, digest: str | None) -> bool:
         """theta and m of a round from the coordinator, at rank 0, unless we hold them already. False if the coordinator fell
         silent, no longer has that round, or TRIES downloads arrived with another digest."""
-        if self.model is None:
-            self.model = GPT(self.shape).to(self.device)
-            self.flat = sync.Flat(self.model)
-            self.theta, self.m, self.theta_i = (sync.zeros(self.flat.numel) for _ in range(3))
-            self.averager = sync.Averager(self.flat.numel, self.chunk_mb)
-            if self.device.type == "cpu":
-                self.flat.adopt(self.model, self.theta_i)
-        if self.flat.numel != numel:
-            raise Mismatch(f"the model here has {self.flat.numel} parameters, the run's {numel}")
+        if self.held is None:
+            c = self.cfg.model
+            self.held = Held(GPT(self.shape), self.ranks, self.spec.parallel, c.dtype, c.compile, self.spec.checkpointing)
+            if self.rank == 0:
+                size = self.held.flat.numel
+                self.theta, self.m, self.averager = sync.zeros(size), sync.zeros(size), sync.Averager(size, self.chunk_mb)
+        if self.held.flat.numel != numel:
+            raise Mismatch(f"the model here has {self.held.flat.numel} parameters, the run's {numel}")
         self.settle()
         self.download_s = 0.0  # nothing was needed
         if self.rank or (round_ == self.round and digest == self.digest == sync.digest(self.theta)):
@@ -99,13 +98,12 @@ class Replica:
         The inner optimizer's state of that very round is taken from our own disk if it survived there and `own_disk`
         says it may (a resume, or keep_disk); True if so. Else it starts fresh.
         """
-        self._share()
-        self.round, self.digest = round_, sync.digest(self.theta)
+        self.round, self.digest = round_, self.ranks.agree(sync.digest(self.theta) if self.rank == 0 else None)
         self._log({"round": round_, "how": "fetch", "result": ""}, self.digest)
         self.restore()
         if self.inner is not None:
             return False
-        self.inner = Inner(self.model, self.cfg.optim)
+        self.new_inner()
         return own_disk and self._load_inner()
 
     def _download(self, round_: int, name: str, vector: torch.Tensor) -> None:
@@ -158,39 +156,33 @@ class Replica:
 
         self._in_background(send)
 
-    def _share(self) -> None:
-        """Rank 0's theta and m on all ranks."""
-        if self.ranks > 1:
-            for vector in (self.theta,) if self.cfg.rounds.outer == "none" else (self.theta, self.m):
-                there = vector.to(self.device)
-                dist.broadcast(there, 0)
-                vector.copy_(there)
-
     # -- round by round -----------------------------------------------------------------------------------------------
 
+    @property
+    def theta_i(self) -> torch.Tensor:
+        """The parameters as they were when they were last read or written; on a CPU, as they are. Rank 0's."""
+        return self.held.vector
+
     def new_inner(self) -> None:
-        self.inner = Inner(self.model, self.cfg.optim)
+        self.inner = Inner(self.held.model, self.cfg.optim, self.ranks)
 
     def restore(self) -> None:
-        """The model's parameters back to theta."""
-        self._write(self.theta)
-
-    def _write(self, flat: torch.Tensor) -> None:
-        sync.copy_(self.theta_i, flat) if self.device.type == "cpu" else self.flat.write(flat, self.model)
+        """The model's parameters back to theta, on all ranks."""
+        if self.rank == 0:
+            sync.copy_(self.theta_i, self.theta)
+        self.held.write()
 
     @contextmanager
     def at_theta(self):
         """For a while, the model is theta again."""
-        moved = self.flat.read(self.model)
-        self.restore()
-        yield
-        self._write(moved)
+        with self.held.elsewhere():
+            self.restore()
+            yield
 
     def freeze(self) -> bool:
         """theta_i from the model; False if it holds anything that is not a finite number."""
-        if self.device.type != "cpu":
-            self.flat.read(self.model, self.theta_i)
-        return sync.all_finite(self.theta_i)
+        self.held.read()
+        return self.ranks.agree(sync.all_finite(self.theta_i) if self.rank == 0 else None)
 
     def average(self, weight: float, peers, wire: str, stepped: bool) -> str:
         """Our weighted pseudo-gradient, averaged over the members, into `averager.agreed`; returns the digest to vote for."""
@@ -202,15 +194,12 @@ class Replica:
     def apply(self, result: str, done) -> None:
         """The outer step with the committed average (digest `result`), the same bits at every member. done(digest of theta, digest
         of m): called in the background, once they are known."""
-        a = self.averager
         self.settle()
         if self.rank == 0:
-            here = self.theta_i if self.device.type == "cpu" else None
-            sync.apply_agreed_(a.agreed, a.wire, self.theta, self.m, self._outer, also=here)
+            a = self.averager
+            sync.apply_agreed_(a.agreed, a.wire, self.theta, self.m, self._outer, also=self.theta_i)
             a.kept()
-        self._share()
-        if self.rank or self.device.type != "cpu":
-            self.restore()
+        self.held.write()
         self.agreed_of = self.round
         self._now_holds(self.round + 1, "commit", result, done)
 
@@ -219,18 +208,21 @@ class Replica:
         Returns the vectors the coordinator needs."""
         self.settle()
         self.agreed_of = -1
+        parts = self._take_own() if self.rank == 0 else {}
+        if self.cfg.rounds.local == "outer":
+            self.restore()
+        self._now_holds(self.round + 1, "local")
+        return parts
+
+    def _take_own(self) -> dict[str, torch.Tensor]:
         if self.cfg.rounds.local == "outer":
             for theta, m, theta_i in zip(*(v.split(sync.PIECE) for v in (self.theta, self.m, self.theta_i))):
                 sync.outer_step_(theta, m, theta - theta_i, *self._outer)
-            self.restore()
-            parts = {"theta": self.theta, "m": self.m}
-        else:
-            sync.copy_(self.theta, self.theta_i)
-            if self.cfg.rounds.outer != "none":
-                self.m.zero_()
-            parts = {"theta": self.theta}
-        self._now_holds(self.round + 1, "local")
-        return parts
+            return {"theta": self.theta, "m": self.m}
+        sync.copy_(self.theta, self.theta_i)
+        if self.cfg.rounds.outer != "none":
+            self.m.zero_()
+        return {"theta": self.theta}
 
     @property
     def _outer(self) -> tuple[str, float, float]:
@@ -243,19 +235,19 @@ class Replica:
         digest, inner, about = self._digest, self._snapshot(), {"round": round_, "how": how, "result": result}
 
         def follow():
-            digest.set_result(sync.digest(self.theta))
-            self._log(about, digest.result())
-            if done:
-                done(digest.result(), sync.digest(self.m))
             if self.rank == 0:
-                self._save_inner(inner, round_, digest.result())
+                digest.set_result(sync.digest(self.theta))
+                self._log(about, digest.result())
+            if done and self.rank == 0:
+                done(digest.result(), sync.digest(self.m))
+            self._save_inner(inner, round_)
 
         self._in_background(follow)
 
     def _log(self, about: dict, digest: str) -> None:
         """One line for each state we come to hold: evidence for `coordinator.py check`."""
         if self.rank == 0:
-            self.held.add({"run_id": self.run_id, "digest": digest} | about)
+            self.held_log.add({"run_id": self.run_id, "digest": digest} | about)
 
     @property
     def num_chunks(self) -> int:
@@ -264,32 +256,41 @@ class Replica:
     def drop(self, keep_disk: bool) -> None:
         """What was on the machine is gone."""
         self.settle()
-        self.model = self.inner = self.theta = self.m = self.theta_i = self.averager = None
+        self.held = self.inner = self.theta = self.m = self.averager = None
         self.round = self.agreed_of = -1
-        if not keep_disk and self.rank == 0:
+        if not keep_disk:
             for path in self._inner_files():
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     # -- our own disk -------------------------------------------------------------------------------------------------
 
     def _inner_file(self, round_: int) -> Path:
-        return self.folder / f"inner-{round_:06d}.safetensors"
+        """Ours of a round: each rank keeps what it holds, on its node's disk."""
+        return self.folder / f"inner-{round_:06d}-{self.rank}.safetensors"
 
     def _inner_files(self) -> list[Path]:
-        return sorted(self.folder.glob("inner-*.safetensors"))
+        return sorted(self.folder.glob(f"inner-*-{self.rank}.safetensors"))
+
+    def _about(self, round_: int) -> dict[str, str]:
+        parallel = self.spec.parallel if self.ranks.size > 1 else "alone"
+        return {"run_id": self.run_id, "round": str(round_), "ranks": str(self.ranks.size), "parallel": parallel}
 
     def _snapshot(self) -> dict[str, torch.Tensor]:
-        """What an exact resume needs besides theta: inner optimizer state, RNG, what the wire left out. Rank 0's: it is the same
-        on all ranks."""
-        if self.rank:
-            return {}
-        tensors = {k: v.detach().cpu().clone() for k, v in self.inner.tensors().items()}
-        left = self.averager.residual  # stays as it is until the next commit, which waits for the file
-        return tensors | {"rng": torch.get_rng_state()} | ({} if left is None else {"residual": left})
+        """What an exact resume needs besides theta: inner optimizer state, RNG, what the wire left out. AdamW's state is the same
+        on all ranks, but under FSDP: rank 0 keeps it for all."""
+        tensors = {k: v for k, v in self.inner.tensors().items() if self._keeps(k)}
+        tensors = {k: v.detach().cpu().clone() for k, v in tensors.items()} | {"rng": torch.get_rng_state()}
+        left = self.averager.residual if self.rank == 0 else None  # stays as it is until the next commit, which waits for the file
+        return tensors | ({} if left is None else {"residual": left})
 
-    def _save_inner(self, tensors: dict[str, torch.Tensor], round_: int, digest: str) -> None:
+    def _keeps(self, name: str) -> bool:
+        return self.rank == 0 or self.held.sharded or not name.startswith("adam.")
+
+    def _save_inner(self, tensors: dict[str, torch.Tensor], round_: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        about, path = {"run_id": self.run_id, "round": str(round_), "digest": digest}, self._inner_file(round_)
+        about, path = self._about(round_), self._inner_file(round_)
+        if self.rank == 0:
+            about["digest"] = self.digest
         try:
             sync.write_durably(path, lambda tmp: sync.save_file(tensors, tmp, about))
         except (OSError, SafetensorError) as error:  # a resume would start it fresh: no reason to stop
@@ -298,20 +299,23 @@ class Replica:
             old.unlink()
 
     def _load_inner(self) -> bool:
-        path = self._inner_file(self.round)
+        """All ranks or none: they may be on several nodes, and one of them may be new."""
+        path, about = self._inner_file(self.round), self._about(self.round)
+        if self.rank == 0:
+            about["digest"] = self.digest
         found = path.exists()
         if found:
             with safe_open(path, framework="pt") as file:
-                found = file.metadata() == {"run_id": self.run_id, "round": str(self.round), "digest": self.digest}
-        if self.ranks > 1:  # all or none: ranks on several nodes may not see the same disk
-            everyone = torch.tensor([int(found)], device=self.device)
-            dist.all_reduce(everyone, dist.ReduceOp.MIN)
-            found = bool(everyone.item())
-        if not found:
+                found = file.metadata() == about
+        if not self.ranks.all(found):
             return False
         tensors = load_file(path)
         torch.set_rng_state(tensors.pop("rng"))
-        self.averager.restore(tensors.pop("residual", None))
+        left = tensors.pop("residual", None)
+        if self.rank == 0:
+            self.averager.restore(left)
+        if not self.held.sharded:
+            tensors |= self.ranks.share({k: v for k, v in tensors.items() if k.startswith("adam.")})
         self.inner.load(tensors)
         return True
 

@@ -16,7 +16,7 @@ import numpy as np
 import carbon
 import config
 import floor
-from journal import effective
+from journal import effective, mend
 from journal import read as read_journal
 from ledger import count
 
@@ -101,13 +101,17 @@ def step_line(cfg, site: str, p: dict, run, predicted_end_s: float) -> str:
 
 
 class Lines:
-    """A file of JSON lines that only grows. A disk that is full does not stop the training: its lines wait for space."""
+    """A file of lines that only grows. A disk that is full does not stop the training: its lines wait for space."""
 
     def __init__(self, path: Path):
         self.path, self.waiting = path, []
+        mend(path)
 
     def add(self, record: dict) -> None:
-        self.waiting.append(json.dumps(record) + "\n")
+        self.write(json.dumps(record))
+
+    def write(self, line: str) -> None:
+        self.waiting.append(line + "\n")
         data = "".join(self.waiting).encode()
         try:
             with open(self.path, "ab", buffering=0) as file:
@@ -154,21 +158,23 @@ class Panel:
     def step(self, record: dict, mode: str) -> None:
         self.lines.add(record)
         if self.wandb:
-            self.wandb.log({
+            mfu = {"perf/mfu": record["wall"]["mfu"]} if "mfu" in record["wall"] else {}
+            self.wandb.log(mfu | {
                 "tokens": record["tokens"], "hours": record["t_s"] / 3600, "emissions/kg": record["emissions_kg"],
                 "train/loss": record["loss"], "train/ppl": math.exp(min(record["loss"], 50.0)), "train/lr": record["lr"],
                 "perf/tok_per_s": record["tok_per_s"], "carbon/mci_g_per_kwh": record["mci_g_per_kwh"],
                 "site/mode": mode, "site/power_kw": record["power_kw"], "energy/kwh": record["energy_kwh"],
+                "energy/method": record.get("energy_method", "model"),
             })  # fmt: skip
 
-    def log(self, record: dict, run, traces, rows: list[carbon.Interval]) -> None:
+    def log(self, record: dict, run, traces, rows: list[carbon.Interval], readings: list[carbon.Reading]) -> None:
         """The coordinator's run: totals at each commit, validation when measured."""
         if not self.wandb or record["type"] not in ("commit", "eval"):
             return
         cfg = self.cfg
-        total = carbon.account(rows, cfg, traces)
+        total = carbon.account(rows, cfg, traces, readings)
         row = {"tokens": run.committed_tokens, "hours": record["t_s"] / 3600, "emissions/kg": total["emissions_kg"],
-               "energy/kwh": total["energy_kwh"], "site/mode": run.mode}  # fmt: skip
+               "energy/kwh": total["energy_kwh"], "energy/method": total["energy_method"], "site/mode": run.mode}  # fmt: skip
         if record["type"] == "eval":
             row |= {"val/loss": record["val_loss"], "val/bpb": record["val_bpb"]}
         start = config.start_unix(cfg)
@@ -179,7 +185,7 @@ class Panel:
 
     def finish(self, summary: dict) -> None:
         if self.wandb:
-            self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, (int, float))})
+            self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, (int, float)) or k == "energy_method"})
             self.wandb.finish()
 
 
@@ -237,12 +243,14 @@ def up_hours(column: tuple, until_s: float) -> float:
     return float(np.maximum(np.minimum(ends[up], until_s) - begins[up], 0.0).sum()) / 3600
 
 
-def summarize(tally: Tally, rows: "list[carbon.Interval] | carbon.Columns", steps: list[dict], cfg, traces) -> dict:
-    """The keys of summary.json from a journal's tally, intervals and the logged steps of all sites."""
+def summarize(
+    tally: Tally, rows: "list[carbon.Interval] | carbon.Columns", steps: list[dict], cfg, traces, readings: list[carbon.Reading] = ()
+) -> dict:
+    """The keys of summary.json from a journal's tally, intervals, the logged steps of all sites and what their meters said."""
     columns = rows if isinstance(rows, dict) else carbon.columns(rows)
     training = {n: (a[c == carbon.CODES["training"]], b[c == carbon.CODES["training"]]) for n, (c, a, b) in columns.items()}
     runtime_s = max((float(ends[-1]) for _, ends in training.values() if len(ends)), default=0.0)
-    spent = carbon.account(columns, cfg, traces)
+    spent = carbon.account(columns, cfg, traces, readings)
     train_h = sum(s["train_hours"] for s in spent["sites"].values())
     committed_h = {n: k * config.step_s(cfg, n) / 3600 for n, k in tally.steps.items()}
     if cfg.clock.mode == "wall":  # steps take what they take: credit training time by the share of tokens committed
@@ -256,6 +264,7 @@ def summarize(tally: Tally, rows: "list[carbon.Interval] | carbon.Columns", step
             "tokens": tally.steps[name] * cfg.data.tokens_per_step, "steps": tally.steps[name],
             "train_site_hours": s["train_hours"], "up_site_hours": up_h, "goodput": committed_h[name] / up_h if up_h else None,
             "energy_kwh": s["energy_kwh"], "emissions_kg": s["emissions_kg"], "curtailed_share": s["curtailed_share"],
+            "energy_method": s["energy_method"], "measured_share": s["measured_share"],
             "starts": starts, "wasted_starts": wasted_starts, "kwh_by_state": s["kwh_by_state"], "kg_by_state": s["kg_by_state"],
         }  # fmt: skip
     up_h = sum(s["up_site_hours"] for s in sites.values())
@@ -266,7 +275,8 @@ def summarize(tally: Tally, rows: "list[carbon.Interval] | carbon.Columns", step
         "tokens": tally.tokens, "steps": sum(tally.steps.values()), "rounds": tally.rounds, "runtime_h": runtime_s / 3600,
         "train_site_hours": train_h, "up_site_hours": up_h, "goodput": sum(committed_h.values()) / up_h if up_h else None,
         "energy_kwh": spent["energy_kwh"], "emissions_kg": spent["emissions_kg"], "curtailed_share": spent["curtailed_share"],
-        "emissions_with_pue_kg": spent["emissions_kg"] * cfg.carbon.pue, "sites": sites,
+        "emissions_with_pue_kg": spent["emissions_kg"] * cfg.carbon.pue, "energy_method": spent["energy_method"],
+        "measured_share": spent["measured_share"], "sites": sites,
         "starts": sum(s["starts"] for s in sites.values()), "wasted_starts": sum(s["wasted_starts"] for s in sites.values()),
         "wasted_tokens": tally.wasted_tokens, "baselines": baselines, "baselines_note": note,
         "floor_kg": {
@@ -275,7 +285,8 @@ def summarize(tally: Tally, rows: "list[carbon.Interval] | carbon.Columns", step
         },
         "val_loss": measured["val_loss"], "val_bpb": measured["val_bpb"], "train_ppl_best": train_ppl_best(steps), "end": tally.end,
         "provenance": carbon.provenance(cfg) | {
-            "rule": "exact", "span": [carbon.iso(config.start_unix(cfg) + t) for t in (0.0, runtime_s)],
+            "rule": "exact", "energy": carbon.MEASURED if spent["measured_share"] else carbon.MODELLED,
+            "span": [carbon.iso(config.start_unix(cfg) + t) for t in (0.0, runtime_s)],
             "config_digest": config.train_digest(plain), "schedule_digest": config.schedule_digest(plain), "versions": config.versions(),
         },
     }  # fmt: skip
@@ -306,7 +317,7 @@ def write_summary(run_dir: Path, cfg, traces) -> dict:
         tally.add(record)
     rows = carbon.read_intervals(str(run_dir / "intervals.csv"))
     steps = load_steps(run_dir, cfg.sites)
-    summary = summarize(tally, rows, steps, cfg, traces)
+    summary = summarize(tally, rows, steps, cfg, traces, carbon.readings_of(run_dir))
     stalls = [r["wall"]["stall_s"] for r in steps if "stall_s" in r["wall"]]
     times = [r["wall"]["unix"] for r in steps]
     p50, p95 = np.percentile(stalls, [50, 95]) if stalls else (None, None)
@@ -335,7 +346,8 @@ def table(summary: dict, cfg) -> str:
     lines.append(row("validation", f"{number(s['val_loss'], '.4f')} nats/token, {number(s['val_bpb'], '.4f')} bits/byte"))
     hours = f"{s['runtime_h']:.2f} h, {s['train_site_hours']:.2f} training site-hours"
     lines.append(row("time", f"{hours}, goodput {number(s['goodput'], '.3f')}"))
-    lines.append(row("energy", f"{s['energy_kwh']:.2f} kWh, {100 * (s['curtailed_share'] or 0):.1f} % inside windows"))
+    inside = f"{100 * (s['curtailed_share'] or 0):.1f} % inside windows"
+    lines.append(row("energy", f"{s['energy_kwh']:.2f} kWh, {inside}{carbon.how_measured(s)}"))
     lines.append(row("emissions", f"{s['emissions_kg']:.3f} kgCO2"))
     for region, kg in (s["baselines"] or {}).items():
         share = f", ours is {100 * s['emissions_kg'] / kg:.1f} %" if kg else ""
@@ -353,5 +365,5 @@ def table(summary: dict, cfg) -> str:
     lines.append(f"  {'site':{wide}} {'hours':>7} {'kWh':>8} {'kgCO2':>8} {'starts':>7} {'steps':>7}")
     for name, site in s["sites"].items():
         lines.append(f"  {name:{wide}} {site['train_site_hours']:7.2f} {site['energy_kwh']:8.2f} {site['emissions_kg']:8.3f} "
-                     f"{site['starts']:7d} {site['steps']:7d}")  # fmt: skip
+                     f"{site['starts']:7d} {site['steps']:7d}{carbon.how_measured(site).replace(',', ' ')}")  # fmt: skip
     return "\n".join(lines)

@@ -8,7 +8,8 @@ train a round, to average it with others, to drop everything. Read `main` first:
     next_round()  blocks while our grid is not curtailed            inner_step()  one batch, Muon and AdamW
     freeze()      hold still, report tokens and finiteness          agree()       average, vote, commit, outer step
 
-Several ranks (torchrun --nproc_per_node=N) share a batch by rows; rank 0 speaks for the site and tells the others.
+Several ranks (torchrun --nproc_per_node=N, --nnodes=M) share a batch by rows (parallel.py); rank 0 speaks for the site and
+tells the others. A step is queued, not awaited: its loss is read when the next one is under way.
 When the coordinator cannot be heard we work off our lease and then hold still, for at most rounds.max_offline_s; when it is
 back it learns from our hello where we stand. SIGTERM: we freeze, take part in one last average, and go.
 
@@ -17,7 +18,6 @@ What we hold (theta, inner state, files) is replica.py's, the socket channel.py'
 """
 
 import ctypes
-import json
 import math
 import os
 import queue
@@ -28,8 +28,6 @@ import uuid
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 
 import config
 import report
@@ -37,9 +35,11 @@ import sync
 from carbon import energy_kwh
 from channel import ChannelError, ChannelStore, Link
 from config import BadInput
-from data import Corpus, split_rows
-from model import shape_of
+from data import Corpus, Feed, split_rows
+from devices import Meter, peak_flops
+from model import flops_per_token, shape_of
 from optim import schedule
+from parallel import PULSE_S, Ranks
 from replica import Mismatch, Replica
 
 LEAVE_S = 20.0  # after SIGTERM: less than the 30 s torchrun grants
@@ -67,12 +67,25 @@ class Plan:
     train_for_s: float = 0.0
     energy_kwh: float = 0.0  # ours, up to the round's start
     emissions_kg: float = 0.0
+    drawn_kwh: float | None = None  # what our meter showed then
     signal: list = ()  # [t_s, gCO2/kWh] from the round's start on
     started: float = 0.0  # monotonic
     steps: int | None = None  # virtual clock: train exactly so many
     done: int = 0
     stop: bool = False
-    finite: bool = True
+    bad_step: int | None = None  # after which our numbers were no longer finite
+
+
+@dataclass
+class Step:
+    """A step that has been queued, to be logged once its loss is known."""
+
+    plan: Plan
+    done: int  # steps of this round with it
+    batch: int
+    position: float
+    lr: float
+    loss: torch.Tensor
 
 
 def main(argv: list[str]) -> int:
@@ -103,17 +116,20 @@ def main(argv: list[str]) -> int:
 class Site:
     def __init__(self, cfg):
         self.cfg, self.name, self.spec = cfg, cfg.site, cfg.sites[cfg.site]
-        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.virtual = cfg.clock.mode == "virtual"
         self.corpus = Corpus(cfg)
-        if self.corpus.rows % self.ranks:
-            raise BadInput(f"--nproc_per_node={self.ranks} must divide the {self.corpus.rows} rows of a step")
         try:
             shape = shape_of(cfg.model, self.corpus.vocab)
         except ValueError as error:
             raise BadInput(str(error)) from None
-        kind = self.spec.device
-        self.device = torch.device(kind if ":" in kind or kind == "cpu" else f"{kind}:{os.environ.get('LOCAL_RANK', 0)}")
+        self.ranks = Ranks(self.spec.device, self.corpus.rows)
+        self.rank, self.device = self.ranks.rank, self.ranks.device
+        self.feed = Feed(self.corpus, self.rank, self.ranks.size, self.device)
+        self.meter = Meter(self.ranks.node_devices, "model" if self.virtual else self.spec.energy) if self.ranks.leads_node else None
+        self.measured = self.ranks.all(self.meter is None or self.meter.method != "model")
+        peak = peak_flops(self.device, cfg.model.dtype, self.spec.peak_tflops)
+        self.mfu_per_rate = flops_per_token(shape) / (peak * self.ranks.size) if peak else None  # per token/s
+        self.queued: Step | None = None
         self.frozen_at = 0.0  # monotonic; 0: no sync behind us
         self.excused_s = 0.0  # since then: evaluation, and waiting for slower members
         self.stall_s: float | None = None
@@ -123,11 +139,9 @@ class Site:
         self.status = {"held": -1, "round": -1, "open_s": 0.0, "phase": "idle", "steps": 0, "finite": True, "attempt": 0, "vote": "",
                        "unstored": {}}  # fmt: skip
         self.panel: report.Panel | None = None
-        if self.ranks > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         run_id = self._join() if self.rank == 0 else ""
         folder = config.run_dir(cfg) / "sites" / self.name
-        self.replica = Replica(cfg, shape, self.device, self.link, self.rank, self.ranks, folder, self._agree_on(run_id))
+        self.replica = Replica(cfg, shape, self.ranks, self.link, folder, self.ranks.agree(run_id))
         self.note()
         signal.signal(signal.SIGTERM, self._asked_to_leave if self.rank == 0 else signal.SIG_IGN)  # the others follow rank 0
 
@@ -140,7 +154,7 @@ class Site:
         hello = {"type": "hello", "site": self.name, "incarnation": uuid.uuid4().hex[:12],
                  "config digest": config.train_digest(cfg), "corpus digest": self.corpus.digest,
                  "tokenizer digest": self.corpus.tokenizer_digest, "versions": config.versions(),
-                 "device": str(self.device), "ranks": self.ranks}  # fmt: skip
+                 "device": str(self.device), "ranks": self.ranks.size}  # fmt: skip
         reason, busy, address, keys = "nothing answers", False, None, config.run_dir(cfg) / "keys"
         while time.monotonic() < until:
             address = self._address()
@@ -177,13 +191,13 @@ class Site:
         """Say goodbye, close everything; returns the exit code."""
         if self.link:
             self.replica.settle()
-            self.link.send({"type": "bye", "reason": reason})
+            self.link.send({"type": "bye", "reason": reason} | self.energy())
             self.link.close()
         if self.panel:
             self.panel.finish({})
         if code not in (config.EXIT_DONE, config.EXIT_BUDGET_LEFT):
             print(f"{self.name}: {reason}", file=sys.stderr, flush=True)
-        if self.ranks > 1:  # a process that lost a gloo peer can abort in its exit handlers
+        if self.ranks.size > 1:  # a process that lost a gloo peer can abort in its exit handlers
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -191,17 +205,23 @@ class Site:
 
     # -- being told ---------------------------------------------------------------------------------------------------
 
-    def command(self, wait_s: float | None = None) -> dict | None:
-        """The coordinator's next command, the same on all ranks; None if there is none within wait_s seconds (None: wait as
-        long as it takes). Raises Over when the run ends, we are to go, or the coordinator has been silent for too long."""
-        c = self._agree_on(self._command(wait_s) if self.rank == 0 else None)
+    def wait(self) -> dict:
+        """The coordinator's next command, however long it takes. The other ranks hear from rank 0 every PULSE_S."""
+        while not (c := self.command(PULSE_S)):
+            pass
+        return c
+
+    def command(self, wait_s: float) -> dict | None:
+        """The coordinator's next command, the same on all ranks; None if there is none within wait_s seconds. Raises Over when
+        the run ends, we are to go, or the coordinator has been silent for too long."""
+        c = self.ranks.agree(self._command(wait_s) if self.rank == 0 else None)
         if c and c["type"] in ("end", "refused"):
             code = c.get("code", config.EXIT_FAILED)
             raise Over(c["reason"], config.EXIT_FAILED if code == config.EXIT_BAD_INPUT else code)
         return c
 
-    def _command(self, wait_s: float | None) -> dict | None:
-        until = math.inf if wait_s is None else time.monotonic() + wait_s
+    def _command(self, wait_s: float) -> dict | None:
+        until = time.monotonic() + wait_s
         while True:
             try:
                 c = self.link.inbox.get(timeout=max(0.0, min(0.2, until - time.monotonic())))[0]
@@ -240,28 +260,27 @@ class Site:
         if self.link:
             self.link.status = self.status
 
-    def _agree_on(self, value):
-        """Rank 0's value on every rank of the site, as JSON bytes."""
-        if self.ranks == 1:
-            return value
-        data = json.dumps(value).encode() if self.rank == 0 else b""
-        size = torch.tensor([len(data)], device=self.device)
-        dist.broadcast(size, 0)
-        blob = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
-        if self.rank == 0:
-            blob.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(blob, 0)
-        return json.loads(bytes(blob.cpu().numpy()))
-
     def tell(self, **report_) -> None:
         """A report to the coordinator, from rank 0."""
         if self.rank == 0:
             self.link.send(report_)
 
+    def energy(self) -> dict:
+        """What the site has drawn since it started, for a report; nothing where that is not measured. With several nodes, all ranks
+        must ask at the same time."""
+        if not self.measured:
+            return {}
+        joules = self.meter.joules() if self.meter else 0.0
+        if self.ranks.num_nodes > 1:
+            (joules,) = self.ranks.sum([math.nan if joules is None else joules])
+        if self.rank or joules is None or math.isnan(joules):  # a counter that cannot be read just now
+            return {}
+        return {"energy": {"kwh": joules / 3.6e6, "method": self.meter.method}}
+
     def next_round(self) -> Plan:
         """Follow the coordinator until it opens a round for us."""
         while True:
-            c, held = self.command(), self.replica.round
+            c, held = self.wait(), self.replica.round
             if c["type"] == "fetch":
                 self.fetch(c)
             elif c["type"] == "open" and c["round"] == held:
@@ -292,7 +311,9 @@ class Site:
 
     def fetch(self, c: dict) -> None:
         fresh = self.replica.inner is None
-        if not self._agree_on(self.replica.download(c["round"], c["numel"], c["digest"])):
+        if before := self.energy():  # from here on the download is measured, too
+            self.tell(type="meter", **before)
+        if not self.ranks.agree(self.replica.download(c["round"], c["numel"], c["digest"])):
             self.note(round=-1, phase="idle")
             self.tell(type="again")
             return
@@ -302,7 +323,7 @@ class Site:
             if kept:
                 print(f"{self.name:15} | inner optimizer state of round {c['round']} found on own disk", flush=True)
         self.note(round=-1, phase="idle", vote="", unstored={})
-        self.tell(type="current", id=c["id"], round=c["round"], download_s=self.replica.download_s)
+        self.tell(type="current", id=c["id"], round=c["round"], download_s=self.replica.download_s, **self.energy())
 
     def _plan(self, c: dict) -> Plan:
         if self.cfg.rounds.inner_state == "reset":
@@ -312,20 +333,21 @@ class Site:
         ratio = sum(c["rates"].values()) / c["rates"][self.name] if together else 1.0
         splits = len(c["rates"]) if self.cfg.rounds.split_steps else 1
         batches = [b for first, last in c["leases"] for b in range(first, last)]
+        drawn = self.energy().get("energy", {}).get("kwh")
         self.note(round=c["round"], open_s=c["open_s"], phase="train", steps=0, finite=True, vote="")
         return Plan(c["round"], c["mode"], batches, c["committed_tokens"], ratio, splits, c["open_s"], c["train_for_s"],
-                    c["energy_kwh"], c["emissions_kg"], c["signal"], started=time.monotonic())  # fmt: skip
+                    c["energy_kwh"], c["emissions_kg"], drawn, c["signal"], started=time.monotonic())  # fmt: skip
 
     def may_step(self, plan: Plan) -> bool:
         """Whether another step belongs to this round. Virtual clock: so many as we are told. Wall clock: until the
         round's time is over, the coordinator says freeze, or no batch is left."""
         if self.virtual:
             while plan.steps is None and not plan.stop:
-                self._in_round(plan, self.command())
+                self._in_round(plan, self.wait())
             return not plan.stop and plan.done < plan.steps
         while not plan.stop and (c := self.command(0.0)):
             self._in_round(plan, c)
-        late = self._agree_on(time.monotonic() - plan.started >= plan.train_for_s)
+        late = plan.stop or self.ranks.agree(time.monotonic() - plan.started >= plan.train_for_s)
         if not plan.stop and not late and plan.done == len(plan.batches):
             while plan.done == len(plan.batches) and not plan.stop:
                 self.tell(type="more", round=plan.round, open_s=plan.open_s, known=len(plan.batches))
@@ -370,65 +392,44 @@ class Site:
         own = (plan.done + share) * self.cfg.data.tokens_per_step
         return min(plan.committed_tokens + own * plan.rate_ratio, self.cfg.budget.tokens)
 
-    def inner_step(self, plan: Plan, batch_id: int) -> float:
-        """One batch of tokens_per_step tokens over all ranks; returns its mean loss in nats per token.
+    def inner_step(self, plan: Plan, batch_id: int) -> torch.Tensor:
+        """One batch of tokens_per_step tokens over all ranks; returns its mean loss in nats per token, on the device: nothing here
+        waits for a GPU.
 
         It is one step of the inner optimizer, or with `rounds.split_steps` as many as there are members, of that much
         fewer tokens each: a federated run then takes as many steps one after the other as a site alone.
         """
         if plan.done == 0 and self.frozen_at:
             self.stall_s = time.monotonic() - self.frozen_at - self.excused_s
-        cfg, inner, rows, total = self.cfg, self.replica.inner, self.corpus.rows // self.ranks, 0.0
-        ids, targets = self.corpus.batch(batch_id, self.rank * rows, rows)
+        cfg, inner, total = self.cfg, self.replica.inner, 0.0
+        ids, targets = self.feed.take(batch_id, plan.batches[plan.done + 1 : plan.done + 2])
+        rows = len(ids)
         for first, stop in split_rows(rows, plan.splits):
             position = self.position(plan, first / rows)
             inner.set(schedule(position, cfg.budget.tokens, cfg.data.tokens_per_step, cfg.optim))
-            loss = self._gradient(ids[first:stop], targets[first:stop])
+            loss = self.replica.held.gradient(ids[first:stop], targets[first:stop], self.spec.device_batch)
             inner.step()
             inner.zero_grad()
-            total += loss * (stop - first) / rows
-        if not math.isfinite(total):
-            plan.stop, plan.finite = True, False
+            total += loss * ((stop - first) / rows)
         return total
-
-    def _gradient(self, ids: torch.Tensor, targets: torch.Tensor) -> float:
-        """Gradient of the mean loss over all ranks' rows, in pieces of at most device_batch rows; returns that loss."""
-        rows, total = len(ids), 0.0
-        for x, y in zip(ids.split(self.spec.device_batch), targets.split(self.spec.device_batch)):
-            x, y = x.to(self.device), y.to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.model.dtype == "bfloat16"):
-                loss = self.replica.model(x, y) * (len(x) / rows)
-            loss.backward()
-            total += loss.item()
-        return self._mean_over_ranks(total) if self.ranks > 1 else total
-
-    def _mean_over_ranks(self, loss: float) -> float:
-        """Gradients and loss averaged over the site's ranks, in one buffer."""
-        grads = [p.grad for p in self.replica.model.parameters()]
-        buffer = torch.cat([g.reshape(-1) for g in grads] + [torch.tensor([loss], device=self.device)])
-        dist.all_reduce(buffer)
-        buffer /= self.ranks
-        at = 0
-        for g in grads:
-            g.copy_(buffer[at : at + g.numel()].view_as(g))
-            at += g.numel()
-        return float(buffer[-1])
 
     # -- the outer step -----------------------------------------------------------------------------------------------
 
     def freeze(self, plan: Plan) -> None:
         """Hold still. Federated: report and wait in `agree`. Local: theta_i is the next theta; it travels to the
         coordinator while we train on, and counts once it is stored there."""
+        self.read_step()
         if plan.mode == "void":
             return
-        train_s, bad_step = time.monotonic() - plan.started, plan.done
-        if not (plan.finite and self.replica.freeze()):  # from theta again, with an optimizer that has not seen this
-            plan.finite, plan.done = False, 0
+        train_s, steps = time.monotonic() - plan.started, plan.done
+        finite = plan.bad_step is None and self.replica.freeze()
+        if not finite:  # from theta again, with an optimizer that has not seen this
+            plan.done = 0
             self.replica.restore()
             self.replica.new_inner()
-        self.note(phase="frozen", steps=plan.done, finite=plan.finite)
-        self.tell(type="frozen", round=plan.round, open_s=plan.open_s, steps=plan.done, finite=plan.finite, bad_step=bad_step,
-                  train_s=train_s)  # fmt: skip
+        self.note(phase="frozen", steps=plan.done, finite=finite)
+        self.tell(type="frozen", round=plan.round, open_s=plan.open_s, steps=plan.done, finite=finite,
+                  bad_step=plan.bad_step or steps, train_s=train_s, **self.energy())  # fmt: skip
         self.frozen_at, self.excused_s = time.monotonic(), 0.0
         if plan.mode == "local":
             self.frozen_at = 0.0  # nobody to wait for: not a sync
@@ -441,7 +442,7 @@ class Site:
         """From FREEZE to COMMIT or CANCEL: average the pseudo-gradients, vote, apply what was committed."""
         self.note(round=plan.round, open_s=plan.open_s, phase="frozen", steps=plan.done, vote="")
         while True:
-            c, attempt = attempt or self.command(), None
+            c, attempt = attempt or self.wait(), None
             ours = c.get("round") == plan.round
             if c["type"] == "attempt" and ours:
                 self.excused_s += c["waited_s"]
@@ -508,43 +509,67 @@ class Site:
 
     @torch.no_grad()
     def evaluate(self, c: dict) -> None:
-        """Validation loss (nats per token) and bits per byte (separators left out) of the model we hold."""
+        """Validation loss (nats per token) and bits per byte (separators left out) of the model we hold, each rank a share of it."""
         began, last = time.monotonic(), c["type"] == "evaluate"
         tokens = self.cfg.data.val_tokens if last else self.cfg.eval.tokens
-        sizes = self.corpus.token_bytes
-        nats = count = byte_nats = num_bytes = 0.0
-        for ids, targets in self.corpus.validation(tokens, self.spec.device_batch):
-            logits = self.replica.model(ids.to(self.device))
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.to(self.device).flatten(), reduction="none").cpu().double()
-            width = sizes[targets.flatten()]
-            nats, count = nats + losses.sum().item(), count + losses.numel()
-            byte_nats, num_bytes = byte_nats + losses[width > 0].sum().item(), num_bytes + width.sum().item()
+        sums = [0.0] * 4  # nats, tokens; nats of tokens that are text, their bytes
+        for counts, (ids, targets) in self.corpus.validation(tokens, self.spec.device_batch, self.rank, self.ranks.size):
+            with self.replica.held.autocast():
+                losses = self.replica.held.model(ids.to(self.device), targets.to(self.device), reduction="none")
+            if counts:  # under FSDP a rank that has no more rows goes on with the others
+                losses, width = losses.double().cpu().flatten(), self.corpus.token_bytes[targets.flatten()]
+                text = width > 0
+                parts = losses.sum().item(), losses.numel(), losses[text].sum().item(), width.sum().item()
+                sums = [a + b for a, b in zip(sums, parts)]
+        nats, count, byte_nats, num_bytes = self.ranks.sum(sums)
         self.excused_s += time.monotonic() - began
         round_ = c["round"] if last else c["round"] + 1
-        self.tell(type="eval", round=round_, val_loss=nats / count, val_bpb=byte_nats / math.log(2) / num_bytes)
+        self.tell(type="eval", round=round_, val_loss=nats / count, val_bpb=byte_nats / math.log(2) / num_bytes,
+                  **self.energy())  # fmt: skip
 
-    def log_step(self, plan: Plan, batch_id: int, loss: float) -> None:
-        """A round's first step and every log.every_steps: a line in SITE.jsonl and wandb, a word to the coordinator."""
-        if self.rank or (plan.done > 1 and plan.done % self.cfg.log.every_steps):
+    def log_step(self, plan: Plan, batch_id: int, loss: torch.Tensor) -> None:
+        """Log the step before this one, for on a GPU this one has only been queued."""
+        self.read_step()
+        self.queued = Step(plan, plan.done, batch_id, self.position(plan), self.replica.inner.matrices["lr"], loss)
+        if self.device.type == "cpu":
+            self.read_step()
+
+    def read_step(self) -> None:
+        """Wait for the queued step. A round's first step and every log.every_steps: a line in SITE.jsonl and wandb, a word to the
+        coordinator."""
+        step, self.queued = self.queued, None
+        if step is None:
+            return
+        plan, loss = step.plan, step.loss.item()
+        if not math.isfinite(loss) and plan.bad_step is None:
+            plan.stop, plan.bad_step = True, step.done
+        if step.done > 1 and step.done % self.cfg.log.every_steps:
+            return
+        drawn = self.energy()
+        if self.rank:
             return
         per_step, kw = self.cfg.data.tokens_per_step, self.spec.train_kw
         elapsed = time.monotonic() - plan.started
-        rate = plan.done * per_step / elapsed
-        trained_s = plan.done * config.step_s(self.cfg, self.name) if self.virtual else elapsed
-        t_s, position = plan.open_s + trained_s, self.position(plan)
+        rate = step.done * per_step / elapsed
+        trained_s = step.done * config.step_s(self.cfg, self.name) if self.virtual else elapsed
+        t_s, method = plan.open_s + trained_s, "model"
+        if drawn and plan.drawn_kwh is not None:
+            method, kw = drawn["energy"]["method"], (drawn["energy"]["kwh"] - plan.drawn_kwh) / trained_s * 3600
         emitted_kg, mci = integrate(plan.signal, plan.open_s, t_s, kw)
         wall = {"unix": round(time.time(), 3), "tok_per_s": round(rate, 1)}
+        if self.mfu_per_rate:
+            wall["mfu"] = round(self.mfu_per_rate * rate, 4)
         if self.stall_s is not None:
             wall["stall_s"], self.stall_s = round(self.stall_s, 4), None
         record = {
-            "t_s": round(t_s, 3), "round": plan.round, "step": round(position / per_step), "batch": batch_id, "loss": loss,
-            "lr": self.replica.inner.muon.param_groups[0]["lr"], "tokens": int(position),
-            "tok_per_s": self.spec.tokens_per_s if self.virtual else round(rate, 1), "state": "training",
-            "mci_g_per_kwh": mci, "power_kw": kw, "energy_kwh": plan.energy_kwh + energy_kwh(kw, trained_s),
-            "emissions_kg": plan.emissions_kg + emitted_kg, "wall": wall,
+            "t_s": round(t_s, 3), "round": plan.round, "step": round(step.position / per_step), "batch": step.batch, "loss": loss,
+            "lr": step.lr, "tokens": int(step.position), "tok_per_s": self.spec.tokens_per_s if self.virtual else round(rate, 1),
+            "state": "training", "mci_g_per_kwh": mci, "power_kw": kw, "energy_kwh": plan.energy_kwh + energy_kwh(kw, trained_s),
+            "emissions_kg": plan.emissions_kg + emitted_kg, "energy_method": method, "wall": wall,
         }  # fmt: skip
         self.panel.step(record, plan.mode)
-        self.tell(type="progress", mode=plan.mode, **{k: v for k, v in record.items() if k != "wall"} | {"tok_per_s": rate})
+        told = {k: v for k, v in record.items() if k != "wall"} | {"tok_per_s": rate}
+        self.tell(type="progress", mode=plan.mode, **told, **drawn)
 
 
 def integrate(signal_: list, t0: float, t1: float, power_kw: float) -> tuple[float, float | None]:

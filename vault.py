@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 import config
 import sync
 from config import BadInput
+from export import initial_theta
 from journal import Unwritable
 from model import GPT, Shape
 from wire import num_bytes
@@ -39,9 +40,13 @@ class Vault:
         return self.theta.numel()
 
     def genesis(self, shape: Shape, run_id: str) -> None:
-        """theta_0 from the seed, on CPU in fp32."""
-        model = GPT(shape).init_weights(self.cfg.seed)
-        self.theta, self.run_id = sync.Flat(model).read(model), run_id
+        """theta_0 from the seed, or from the folder model.init, on CPU in fp32."""
+        if self.cfg.model.init is None:
+            model = GPT(shape).init_weights(self.cfg.seed)
+            self.theta = sync.Flat(model).read(model)
+        else:
+            self.theta = initial_theta(self.cfg, shape)
+        self.run_id = run_id
         self.m = sync.zeros(self.numel)
         self._save(0)
 

@@ -90,7 +90,7 @@ def validation(cfg, theta: torch.Tensor) -> float:
     sync.Flat(model).write(theta, model)
     nats = tokens = 0.0
     with torch.no_grad():
-        for ids, targets in corpus.validation(cfg.data.val_tokens, 32):
+        for _, (ids, targets) in corpus.validation(cfg.data.val_tokens, 32):
             nats += F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="sum").item()
             tokens += targets.numel()
     return nats / tokens

@@ -1,4 +1,4 @@
-"""Model, optimizers, averaging, state on disk: small laws in one process."""
+"""Optimizers, averaging, state on disk: small laws in one process."""
 
 import threading
 
@@ -7,45 +7,14 @@ import torch
 from conftest import REPO
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 import config
-import data
 import sync
-from config import BadInput
-from model import GPT, Shape, flops_per_token, num_params, shape_of
+from model import GPT, Shape
 from optim import Inner, schedule
 from train import integrate
 
 DEMO = config.load([str(REPO / "configs/demo.yaml")])
-
-
-def test_d20_has_the_papers_number_of_parameters():
-    shape = shape_of(OmegaConf.merge(DEMO.model, {"depth": 20, "width": None, "heads": None, "kv_heads": None, "seq_len": 2048}), 65536)
-    assert (shape.width, shape.heads) == (1280, 10)
-    with torch.device("meta"):
-        assert num_params(GPT(shape)) == 560_988_160
-        scalars = Shape(**{**vars(shape), "residual_scalars": True})
-        assert num_params(GPT(scalars)) == 560_988_200
-    assert flops_per_token(shape) == 6 * (560_988_160 - 65536 * 1280) + 12 * 20 * 1280 * 2048
-
-
-def test_the_model_is_causal_and_starts_at_the_uniform_loss():
-    model = GPT(Shape(2, 32, 4, 2, 16, 64)).init_weights(0)
-    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
-    assert model(ids, ids).item() == pytest.approx(torch.log(torch.tensor(64.0)).item(), abs=0.05)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(1))
-    changed = ids.clone()
-    changed[:, 9:] = (changed[:, 9:] + 1) % 64
-    assert torch.equal(model(ids)[:, :9], model(changed)[:, :9])
-    assert not torch.allclose(model(ids)[:, 9:], model(changed)[:, 9:])
-
-
-def test_theta_0_is_a_function_of_seed_and_shape():
-    shape = Shape(1, 32, 4, 4, 16, 64)
-    a, b, c = (sync.Flat(m).read(m) for m in (GPT(shape).init_weights(s) for s in (1, 1, 2)))
-    assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 @given(st.floats(-1e6, 4e6, allow_nan=False))
@@ -138,60 +107,6 @@ def test_inner_optimizer_state_survives_its_file_bit_for_bit(tmp_path):
     step(model, inner)
     step(twin, other)
     assert torch.equal(sync.Flat(model).read(model), sync.Flat(twin).read(twin))
-
-
-# -- data ---------------------------------------------------------------------------------------------------------------
-
-
-def corpus_of(runner, **changes):
-    return data.Corpus(runner.load(runner.write({"a": {}}, **changes)))
-
-
-def test_an_epoch_is_a_permutation_and_batches_do_not_depend_on_ranks(runner):
-    corpus = corpus_of(runner)
-    total = corpus.train_tokens // corpus.seq_len
-    order = [int(corpus._order(0)[i]) for i in range(total)]
-    assert sorted(order) == list(range(total)) and order != sorted(order)
-    assert not (corpus._order(0) == corpus._order(1)).all()
-    whole = corpus.batch(3)
-    halves = [corpus.batch(3, first, 2) for first in (0, 2)]
-    for i in (0, 1):
-        assert torch.equal(whole[i], torch.cat([h[i] for h in halves]))
-    assert torch.equal(whole[0][:, 1:], whole[1][:, :-1]), "targets are inputs shifted by one"
-    again = corpus_of(runner, seed=2)
-    assert not torch.equal(again.batch(3)[0], whole[0])
-
-
-def test_a_batch_across_two_epochs_is_whole(runner):
-    corpus = corpus_of(runner)
-    total = corpus.train_tokens // corpus.seq_len
-    ids, _ = corpus.batch(total // corpus.rows)
-    assert ids.shape == (corpus.rows, corpus.seq_len)
-
-
-def test_held_out_documents_are_never_trained_on(runner):
-    corpus = corpus_of(runner)
-    text = {k: b"".join(bytes(s.astype("uint8")) for s in v) for k, v in corpus._shards.items()}
-    pieces = [p for p in text["val"].split(b"\0") if len(p) > 500]
-    assert pieces and not any(p in text["train"] for p in pieces)
-
-
-def test_bpe_counts_bytes(runner):
-    cfg = runner.load(runner.write({"a": {}}, data={"tokenizer": "bpe-400", "val_tokens": 256}))
-    corpus = data.Corpus(cfg)
-    tokenizer = data.make_tokenizer(cfg)
-    text = "def f(x):\n    return x + 1  # naïve\n"
-    tokens = tokenizer.encode([text])[0]
-    assert corpus.vocab == 400 and sum(corpus.token_bytes[int(t)] for t in tokens) == len(text.encode())
-
-
-def test_a_damaged_shard_is_named(runner):
-    cfg = runner.load(runner.write({"a": {}}, data={"dir": str(runner.folder / "own")}))
-    folder = data.prepare(cfg)
-    shard = next(folder.glob("train_*.bin"))
-    shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(BadInput, match=shard.name):
-        data.Corpus(cfg)
 
 
 def test_a_sites_own_meter_is_power_times_held_samples():

@@ -46,7 +46,7 @@ def stop_at_rest(runner, processes, sites):
             process.send_signal(signal.SIGSTOP)
         stored = [r["round"] for r in runner.journal() if r["type"] == "store"]
         opened = [r for r in runner.journal() if r["type"] == "open"]
-        kept = [runner.run_dir / "sites" / s / f"inner-{stored[-1]:06d}.safetensors" for s in sites] if stored else []
+        kept = [runner.run_dir / "sites" / s / f"inner-{stored[-1]:06d}-0.safetensors" for s in sites] if stored else []
         training = len(stored) >= 5 and opened[-1]["round"] == stored[-1] and runner.journal()[-1]["type"] != "attempt"
         if training and len(opened[-1]["members"]) == len(sites) and all(path.exists() for path in kept):
             return True

@@ -82,7 +82,7 @@ def val_loss(cfg, arrays: ArrayRecord) -> float:
     spec, corpus = next(iter(cfg.sites.values())), Corpus(cfg)
     torch.set_num_threads(spec.threads_federated)
     model, nats, count = rebuild(cfg, corpus, arrays, spec.device), 0.0, 0
-    for ids, targets in corpus.validation(cfg.data.val_tokens, spec.device_batch):
+    for _, (ids, targets) in corpus.validation(cfg.data.val_tokens, spec.device_batch):
         logits = model(ids.to(spec.device))
         losses = F.cross_entropy(logits.flatten(0, 1), targets.to(spec.device).flatten(), reduction="none").cpu().double()
         nats, count = nats + losses.sum().item(), count + losses.numel()

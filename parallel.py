@@ -1,0 +1,285 @@
+"""The ranks of one site: what rank 0 tells the others, and how they hold one model together.
+
+torchrun starts them (`--nproc_per_node`, `--nnodes`); each trains its rows of every batch. Rank 0 alone speaks to the
+coordinator and holds theta as a flat CPU vector (replica.py); this file takes that vector to every rank's parameters and
+back. Small words go over gloo on the CPU, so that they wait for no GPU; gradients and parameters over NCCL on GPUs.
+
+    ddp     every rank holds the whole model; gradients are averaged while the backward pass runs
+    fsdp    every rank holds 1/N of every parameter, gradient and optimizer state (FSDP2, block by block)
+
+Either way Muon's work is divided by matrices (SharedMuon).
+"""
+
+import json
+import os
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import sync
+from config import BadInput
+from model import GPT, compile_
+
+WORD_BYTES = 4096  # what one broadcast carries; longer words take a second one
+TIMEOUT = timedelta(minutes=10)  # of one collective; rank 0 has something to say at least every PULSE_S
+PULSE_S = 60.0
+
+
+class Ranks:
+    """This process among those of its site. One process alone needs no torchrun and no process group."""
+
+    def __init__(self, kind: str, rows: int):
+        """kind: cpu | cuda (each rank takes the GPU of its local rank) | cuda:N. rows: of a step, which the ranks share. Raises
+        BadInput."""
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local, on_node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.num_nodes, self.leads_node = self.size // on_node, local == 0  # one rank of each node reads its meters
+        if rows % self.size:
+            raise BadInput(f"{self.size} ranks (nodes x --nproc_per_node) must divide the {rows} rows of a step")
+        self.device = torch.device(kind if ":" in kind or kind == "cpu" else f"{kind}:{local}")
+        self.node_devices = [self.device] if ":" in kind or kind == "cpu" else [torch.device(kind, i) for i in range(on_node)]
+        if self.device.type == "cuda":
+            if self.device.index >= torch.cuda.device_count():
+                raise BadInput(f"device={kind}: torch sees {torch.cuda.device_count()} GPUs here, and rank {local} of this node wants "
+                               f"GPU {self.device.index}; start fewer ranks, or set sites.NAME.device=cpu")  # fmt: skip
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=TIMEOUT)
+
+    def agree(self, value):
+        """Rank 0's value on every rank, as JSON."""
+        if self.size == 1:
+            return value
+        data = json.dumps(value).encode() if self.rank == 0 else b""
+        word = torch.zeros(WORD_BYTES, dtype=torch.uint8)
+        if self.rank == 0:
+            first = len(data).to_bytes(8, "little") + data[: WORD_BYTES - 8]
+            word[: len(first)] = torch.frombuffer(bytearray(first), dtype=torch.uint8)
+        dist.broadcast(word, 0)
+        first = bytes(word.numpy())
+        size = int.from_bytes(first[:8], "little")
+        if size > WORD_BYTES - 8:
+            rest = torch.frombuffer(bytearray(data[WORD_BYTES - 8 :] or size - WORD_BYTES + 8), dtype=torch.uint8)
+            dist.broadcast(rest, 0)
+            first += bytes(rest.numpy())
+        return json.loads(first[8 : 8 + size])
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Numbers on the CPU added up over the ranks, in double precision, the same on all."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def all(self, yes: bool) -> bool:
+        return self.sum([not yes])[0] == 0
+
+    def share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rank 0's named tensors on every rank, on the device."""
+        if self.size == 1:
+            return tensors
+        kinds = self.agree([[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()])
+        out = {}
+        for name, shape, dtype in kinds:
+            there = tensors[name] if self.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
+            out[name] = there.to(self.device)
+            dist.broadcast(out[name], 0)
+        return out
+
+    def mean_(self, x: Tensor) -> Tensor:
+        """A small tensor on the device, averaged over the ranks in place; nothing waits for it."""
+        if self.size > 1:
+            dist.all_reduce(x)
+            x /= self.size
+        return x
+
+
+class Held:
+    """The model as this rank holds it, in parameters that an optimizer can step."""
+
+    def __init__(self, model: GPT, ranks: Ranks, parallel: str = "ddp", dtype: str = "float32", compiled: bool = False,
+                 checkpointing: bool = False):  # fmt: skip
+        self.model, self.ranks, self.flat = model.to(ranks.device), ranks, sync.Flat(model)
+        self.sharded = ranks.size > 1 and parallel == "fsdp"
+        self.dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        self.vector: Tensor | None = None  # theta_i, flat, on the CPU; rank 0's, or the very parameters (`adopted`)
+        self.adopted = ranks.device.type == "cpu" and not self.sharded
+        if self.adopted:
+            self.vector = self.flat.read(model)
+            self.flat.adopt(model, self.vector)
+        elif ranks.rank == 0:
+            self.vector = torch.zeros(self.flat.numel, pin_memory=ranks.device.type == "cuda")
+        model.checkpointing = checkpointing
+        if compiled:
+            compile_(model)
+        self.forward = model
+        if self.sharded:
+            self._shard()
+        elif ranks.size > 1:
+            self.forward = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+
+    def _shard(self) -> None:
+        mesh = init_device_mesh(self.ranks.device.type, (self.ranks.size,))
+        cast = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for part in (*self.model.blocks, self.model.head):  # these would be cast by autocast anyway: half the bytes to gather
+            fully_shard(part, mesh=mesh, mp_policy=cast)
+        fully_shard(self.model, mesh=mesh)
+
+    def autocast(self):
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def gradient(self, ids: Tensor, targets: Tensor, device_batch: int) -> Tensor:
+        """Adds the gradient of the mean loss over all ranks' rows to the parameters' .grad, in pieces of at most device_batch
+        rows; returns that loss on the device, nats per token, without waiting for it."""
+        rows, total = len(ids), torch.zeros((), device=self.ranks.device)
+        pieces = list(zip(ids.split(device_batch), targets.split(device_batch)))
+        for i, (x, y) in enumerate(pieces):
+            whole = self.sharded or self.forward is self.model or i == len(pieces) - 1
+            with nullcontext() if whole else self.forward.no_sync():  # DDP: one average for all pieces
+                with self.autocast():
+                    loss = self.forward(x, y) * (len(x) / rows)
+                loss.backward()
+            total += loss.detach()
+        return self.ranks.mean_(total)
+
+    # -- flat vectors -------------------------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        """All parameters into `vector` at rank 0. A collective under FSDP."""
+        if self.adopted or (self.ranks.rank and not self.sharded):
+            return
+        at = 0
+        for (_, _, n), p in zip(self.flat.items, self.model.parameters()):
+            whole = p.full_tensor() if self.sharded else p
+            if self.ranks.rank == 0:
+                self.vector[at : at + n].copy_(whole.detach().reshape(-1), non_blocking=True)
+            at += n
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Rank 0's `vector` into the parameters of all ranks. A collective."""
+        if self.adopted:
+            if self.ranks.size > 1:
+                dist.broadcast(self.vector, 0)
+            return
+        at = 0
+        for (_, shape, n), p in zip(self.flat.items, self.model.parameters()):
+            whole = torch.empty(shape, device=self.ranks.device) if self.sharded else p.data
+            if self.ranks.rank == 0:
+                whole.copy_(self.vector[at : at + n].view(shape), non_blocking=True)
+            if self.ranks.size > 1:
+                dist.broadcast(whole, 0)
+            if self.sharded:
+                mine = whole.chunk(self.ranks.size)  # as FSDP2 cuts: the last ranks may have fewer rows, or none
+                if self.ranks.rank < len(mine):
+                    p.to_local().copy_(mine[self.ranks.rank])
+            at += n
+
+    @contextmanager
+    def elsewhere(self):
+        """For a while the parameters may be anything; then they are what they were."""
+        moved = [local(p).clone() for p in self.model.parameters()]
+        yield
+        for p, was in zip(self.model.parameters(), moved):
+            local(p).copy_(was)
+
+
+def local(p: Tensor) -> Tensor:
+    """What this rank holds of a parameter, gradient or optimizer state, as a plain tensor on the same memory."""
+    p = p.detach()
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+def like(p: DTensor, shard: Tensor) -> DTensor:
+    """This rank's shard of something that is cut as p is."""
+    return DTensor.from_local(shard.to(p.device), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+class SharedMuon:
+    """torch.optim.Muon, its work shared by the ranks of a site.
+
+    Newton-Schulz needs whole matrices, so each matrix has one rank that keeps its momentum and makes its update. Matrices of
+    one shape take turns, as many in a turn as there are ranks: the owners get the gradients (DDP: they have them; FSDP2: an
+    all-to-all of the shards), step at the same time, and hand out the updates the same way. The updates are made on stand-ins
+    that start from zero, with a learning rate of 1; rate and weight decay come in where they are added to the parameters.
+    """
+
+    def __init__(self, params: list[nn.Parameter], rank: int, size: int):
+        self.rank, self.size = rank, size
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in params:
+            by_shape.setdefault(p.shape, []).append(p)
+        self.turns = [ps[i : i + size] for ps in by_shape.values() for i in range(0, len(ps), size)]
+        self.mine = [nn.Parameter(torch.zeros(t[0].shape, device=t[0].device)) if rank < len(t) else None for t in self.turns]
+        owned = [p for p in self.mine if p is not None] or [nn.Parameter(torch.zeros(1, 1))]
+        self.muon = torch.optim.Muon(owned, lr=1.0, weight_decay=0.0, nesterov=True, adjust_lr_fn="original")
+        self.param_groups = [{"params": params, "lr": 0.0, "momentum": 0.95, "weight_decay": 0.0}]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        (group,) = self.param_groups
+        self.muon.param_groups[0]["momentum"] = group["momentum"]
+        for turn, own in zip(self.turns, self.mine):
+            grad = self._collect([p.grad for p in turn])
+            if own is not None:
+                own.zero_()
+                own.grad = grad
+        self.muon.step()
+        for turn, own in zip(self.turns, self.mine):
+            for p, update in zip(turn, self._hand_out(turn, own)):
+                p = local(p)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=group["lr"])
+            if own is not None:
+                own.grad = None
+
+    def _rows(self, matrix: Tensor) -> list[int]:
+        """How many rows each rank holds of a matrix that FSDP2 has cut."""
+        share = -(-matrix.shape[0] // self.size)
+        return [max(0, min(share, matrix.shape[0] - share * rank)) for rank in range(self.size)]
+
+    def _collect(self, grads: list[Tensor]) -> Tensor | None:
+        """The gradients of one turn -> the whole one that is ours."""
+        if not isinstance(grads[0], DTensor):
+            return grads[self.rank] if self.rank < len(grads) else None
+        rows, width, there = self._rows(grads[0]), grads[0].shape[1], self.rank < len(grads)
+        send = torch.cat([local(g).reshape(-1) for g in grads])
+        sizes_out = [rows[self.rank] * width if rank < len(grads) else 0 for rank in range(self.size)]
+        sizes_in = [n * width if there else 0 for n in rows]
+        whole = send.new_empty(sum(sizes_in))
+        dist.all_to_all_single(whole, send, sizes_in, sizes_out)
+        return whole.view(-1, width) if there else None
+
+    def _hand_out(self, turn: list[nn.Parameter], own: nn.Parameter | None) -> list[Tensor]:
+        """Our whole update -> what this rank needs of each update of the turn."""
+        matrix, width = turn[0], turn[0].shape[1]
+        if not isinstance(matrix, DTensor):
+            whole = matrix.new_empty(self.size * matrix.shape[0], width)
+            dist.all_gather_into_tensor(whole, torch.zeros_like(matrix) if own is None else own.detach())
+            return list(whole.view(self.size, -1, width)[: len(turn)])
+        rows, there = self._rows(matrix), own is not None
+        sizes_out = [n * width if there else 0 for n in rows]
+        sizes_in = [rows[self.rank] * width if rank < len(turn) else 0 for rank in range(self.size)]
+        send = own.detach().reshape(-1) if there else local(matrix).new_empty(0)
+        here = send.new_empty(sum(sizes_in))
+        dist.all_to_all_single(here, send, sizes_in, sizes_out)
+        return list(here.view(len(turn), rows[self.rank], width))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+    def state_dict(self) -> dict:
+        return self.muon.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state)

@@ -1,0 +1,98 @@
+"""The ranks of a site: however many, however they hold the model, they train the same one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+from conftest import REPO
+from test_runs import until
+
+from ledger import count
+
+pytestmark = pytest.mark.slow
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def ranked(size: int) -> dict:
+    """What tests/ranked.py prints with so many ranks."""
+    command = [*TORCHRUN, f"--nproc_per_node={size}", str(REPO / "tests/ranked.py")]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[int, dict]:
+    return {size: ranked(size) for size in (1, 2, 4)}
+
+
+def furthest(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) / y for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_number_of_ranks_has_the_loss_curve_of_one(results, size, parallel):
+    one, several = ({m: r[f"{p}-{m}"]["losses"] for m in ("adamw", "muon")} for r, p in ((results[1], "ddp"), (results[size], parallel)))
+    assert one["adamw"][-1] < 0.5 * one["adamw"][0] and one["muon"][-1] < 0.5 * one["muon"][0], "there is something to compare"
+    assert furthest(several["adamw"], one["adamw"]) < 1e-5
+    assert furthest(several["muon"][:5], one["muon"][:5]) < 1e-4  # Newton-Schulz runs in bfloat16 and amplifies rounding
+    assert furthest(several["muon"], one["muon"]) < 5e-3
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_from_a_flat_vector_and_the_saved_optimizer_state_training_goes_on_to_the_same_bits(results, size):
+    for name, r in results[size].items():
+        assert r["back"] == r["saved"] != r["end"] == r["end again"], name
+        assert r["again"] == r["losses"][-len(r["again"]) :], name
+
+
+def test_as_many_ranks_again_give_the_same_bits(results):
+    assert ranked(2) == results[2]
+
+
+def start(runner, argv: list[str]) -> list:
+    head = runner.start("coordinator.py", *argv, log="coordinator")
+    return [head, runner.start("torchrun", "--standalone", "--nproc_per_node=2", str(REPO / "train.py"), *argv, "site=a", log="a")]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_killed_in_the_middle_of_a_round_end_where_no_stop_would_have(runner, parallel):
+    argv = runner.write({"a": {"ranks": 2, "parallel": parallel, "device_batch": 1}}, budget={"tokens": 128 * 60})
+    head, _ = start(runner, [*argv, "run=calm"])
+    assert head.wait(120) == 0, runner.said() + runner.said("a")
+
+    everyone = start(runner, argv)
+    workers: list[psutil.Process] = []
+
+    def at_rest() -> bool:
+        """Frozen within a round whose start is stored, and each rank's optimizer state beside it."""
+        workers[:] = [p for e in everyone for p in (psutil.Process(e.pid), *psutil.Process(e.pid).children(recursive=True))]
+        for p in workers:
+            p.send_signal(signal.SIGSTOP)
+        stored = [r["round"] for r in runner.journal() if r["type"] == "store"]
+        opened = [r["round"] for r in runner.journal() if r["type"] == "open"]
+        files = [runner.run_dir / f"sites/a/inner-{stored[-1]:06d}-{rank}.safetensors" for rank in (0, 1)] if stored else []
+        if len(stored) >= 3 and opened[-1] == stored[-1] and all(f.exists() for f in files):
+            return True
+        for p in workers:
+            p.send_signal(signal.SIGCONT)
+        return False
+
+    until(at_rest)
+    for p in workers:
+        p.kill()
+    for p in everyone:
+        p.wait(30)
+    head, _ = start(runner, argv)
+    assert head.wait(120) == 0, runner.said() + runner.said("a")
+    assert "found on own disk" in runner.said("a")
+    assert torch.equal(runner.theta(), runner.theta("calm"))
+    commits = [r for r in runner.journal() if r["type"] == "commit"]
+    assert sum(count(r["batches"]["a"]) for r in commits) == 60  # the ledger: each batch once, though two ranks trained it
+    assert runner.summary()["tokens"] == 128 * 60
