@@ -10,10 +10,9 @@ The outer step, which joins sites, lives in sync.py: it is part of the protocol.
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from model import GPT
-from parallel import Ranks, SharedMuon, like, local
+from parallel import Ranks, SharedMuon, is_cut, like, local
 
 ADAM_EPS = 1e-10  # nanochat; torch's 1e-8 is not small beside its tiny second moments
 
@@ -113,7 +112,7 @@ class Inner:
                 if owner == name:
                     full["state"].setdefault(int(index), {})[field] = value
             params = [p for group in optimizer.param_groups for p in group["params"]]
-            if name == "adam" and isinstance(params[0], DTensor):
+            if name == "adam" and is_cut(params[0]):
                 for index, state in full["state"].items():
                     full["state"][index] = {k: like(params[index], v) if v.dim() else v for k, v in state.items()}
             optimizer.load_state_dict(full)

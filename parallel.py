@@ -18,9 +18,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import sync
@@ -127,6 +124,9 @@ class Held:
             self.forward = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
 
     def _shard(self) -> None:
+        from torch.distributed.device_mesh import init_device_mesh  # here, as they take half a second that others need not wait
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         mesh = init_device_mesh(self.ranks.device.type, (self.ranks.size,))
         cast = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*self.model.blocks, self.model.head):  # these would be cast by autocast anyway: half the bytes to gather
@@ -197,11 +197,18 @@ class Held:
 def local(p: Tensor) -> Tensor:
     """What this rank holds of a parameter, gradient or optimizer state, as a plain tensor on the same memory."""
     p = p.detach()
-    return p.to_local() if isinstance(p, DTensor) else p
+    return p.to_local() if is_cut(p) else p
 
 
-def like(p: DTensor, shard: Tensor) -> DTensor:
+def is_cut(p: Tensor) -> bool:
+    """Whether FSDP2 has made it a DTensor."""
+    return hasattr(p, "to_local")
+
+
+def like(p: Tensor, shard: Tensor) -> Tensor:
     """This rank's shard of something that is cut as p is."""
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(shard.to(p.device), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
@@ -249,7 +256,7 @@ class SharedMuon:
 
     def _collect(self, grads: list[Tensor]) -> Tensor | None:
         """The gradients of one turn -> the whole one that is ours."""
-        if not isinstance(grads[0], DTensor):
+        if not is_cut(grads[0]):
             return grads[self.rank] if self.rank < len(grads) else None
         rows, width, there = self._rows(grads[0]), grads[0].shape[1], self.rank < len(grads)
         send = torch.cat([local(g).reshape(-1) for g in grads])
@@ -262,7 +269,7 @@ class SharedMuon:
     def _hand_out(self, turn: list[nn.Parameter], own: nn.Parameter | None) -> list[Tensor]:
         """Our whole update -> what this rank needs of each update of the turn."""
         matrix, width = turn[0], turn[0].shape[1]
-        if not isinstance(matrix, DTensor):
+        if not is_cut(matrix):
             whole = matrix.new_empty(self.size * matrix.shape[0], width)
             dist.all_gather_into_tensor(whole, torch.zeros_like(matrix) if own is None else own.detach())
             return list(whole.view(self.size, -1, width)[: len(turn)])
