@@ -51,7 +51,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,9 +310,9 @@ def download(cfg) -> None:
                 return name
 
             progress = Progress("downloaded", len(missing))
-            with ThreadPoolExecutor(DOWNLOADS) as pool:
-                for name in each_done(pool, [pool.submit(fetch, name) for name in missing]):
-                    progress.add(MB=files[name] / 1e6)
+            with ThreadPoolExecutor(DOWNLOADS) as pool, dropping_the_rest(pool):
+                for done in as_completed([pool.submit(fetch, name) for name in missing]):
+                    progress.add(MB=files[done.result()] / 1e6)
         except (errors.HTTPError, errors.HFValidationError, errors.XetDownloadError, OSError, RuntimeError) as error:
             raise BadInput(f"data.source={cfg.data.source}: {remedy(error, cfg)}") from None
     if wrong := missing_files(cfg, files):
@@ -341,11 +341,11 @@ def remedy(error: Exception, cfg) -> str:
             "same command again: what is there stays")  # fmt: skip
 
 
-def each_done(pool: ThreadPoolExecutor | ProcessPoolExecutor, futures: list[Future]) -> Iterator:
-    """Results as they come; the first failure, or Ctrl-C, drops what has not begun and stops processes."""
+@contextmanager
+def dropping_the_rest(pool: ThreadPoolExecutor | ProcessPoolExecutor):
+    """The first failure, or Ctrl-C at any moment, drops what has not begun and stops processes."""
     try:
-        for future in as_completed(futures):
-            yield future.result()
+        yield
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
@@ -587,9 +587,9 @@ def tokenize(cfg, quietly: bool = False) -> None:
             report(progress, tokenize_shard(shard, folder, tokenizer))
     else:
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads' locks
-        with ProcessPoolExecutor(workers, spawn, begin_worker, (tokenizer_path(cfg),)) as pool:
-            for facts in each_done(pool, [pool.submit(work, s, folder) for s in todo]):
-                report(progress, facts)
+        with ProcessPoolExecutor(workers, spawn, begin_worker, (tokenizer_path(cfg),)) as pool, dropping_the_rest(pool):
+            for done in as_completed([pool.submit(work, s, folder) for s in todo]):
+                report(progress, done.result())
     parts = [part for s in shards for part in facts_of(s, folder, tokenizer)["parts"]]
     parts.sort(key=lambda part: part["file"])
     digest = hashlib.sha256(b"".join(bytes.fromhex(part.pop("sha256")) for part in parts)).hexdigest()[:16]

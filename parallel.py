@@ -24,6 +24,7 @@ import sync
 from config import BadInput
 from model import GPT, compile_
 
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
 WORD_BYTES = 4096  # what one broadcast carries; longer words take a second one
 TIMEOUT = timedelta(minutes=10)  # of one collective; rank 0 has something to say at least every PULSE_S
 PULSE_S = 60.0
@@ -121,7 +122,8 @@ class Held:
         if self.sharded:
             self._shard()
         elif ranks.size > 1:
-            self.forward = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+            self.forward = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
+            self.forward.broadcast_buffers = False  # as an argument torch 2.13 warns of it, and 2.11 knows no other
 
     def _shard(self) -> None:
         from torch.distributed.device_mesh import init_device_mesh  # here, as they take half a second that others need not wait
@@ -184,6 +186,8 @@ class Held:
                 if self.ranks.rank < len(mine):
                     p.to_local().copy_(mine[self.ranks.rank])
             at += n
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()  # `vector` may change now
 
     @contextmanager
     def elsewhere(self):
@@ -271,7 +275,7 @@ class SharedMuon:
         matrix, width = turn[0], turn[0].shape[1]
         if not is_cut(matrix):
             whole = matrix.new_empty(self.size * matrix.shape[0], width)
-            dist.all_gather_into_tensor(whole, torch.zeros_like(matrix) if own is None else own.detach())
+            all_gather(whole, torch.zeros_like(matrix) if own is None else own.detach())
             return list(whole.view(self.size, -1, width)[: len(turn)])
         rows, there = self._rows(matrix), own is not None
         sizes_out = [n * width if there else 0 for n in rows]

@@ -191,7 +191,8 @@ class Site:
         """Say goodbye, close everything; returns the exit code."""
         if self.link:
             self.replica.settle()
-            self.link.send({"type": "bye", "reason": reason} | self.energy())
+            last = self.energy() if self.ranks.num_nodes == 1 else {}  # the others may be gone
+            self.link.send({"type": "bye", "reason": reason} | last)
             self.link.close()
         if self.panel:
             self.panel.finish({})
