@@ -66,7 +66,7 @@ def wait_all(children: dict[str, subprocess.Popen], seconds: float) -> bool:
 
 STEP = re.compile(
     r"(?P<time>\S+) (?P<mode>\w+)\s+MCI\s+(?P<MCI>\S+)\s+round\s+\d+\s+step\s+(?P<step>\S+ \([^)]*\))\s+loss (?P<loss>\S+)"
-    r"\s+tok/s\s+(?P<tokens_s>\S+)\s+(?P<kWh>\S+) kWh\s+(?P<gCO2>\S+) gCO2\s+eta (?P<eta>.*)"
+    r"\s+tok/s\s+(?P<tokens_s>\S+)(?:\s+MFU\s+\S+)?\s+(?P<kWh>\S+) kWh\s+(?P<gCO2>\S+) gCO2\s+eta (?P<eta>.*)"
 )  # what report.step_line writes
 
 

@@ -88,10 +88,11 @@ def step_line(cfg, site: str, p: dict, run, predicted_end_s: float) -> str:
     rate = sum(s.tokens_per_s for n, s in cfg.sites.items() if run.now and n in run.now.members) or cfg.sites[site].tokens_per_s
     train_h = (cfg.budget.tokens - min(p["step"] * cfg.data.tokens_per_step, cfg.budget.tokens)) / rate / 3600
     wall_h = max(0.0, predicted_end_s - p["t_s"]) / 3600
+    mfu = f"  MFU {p['mfu']:4.1%}" if p.get("mfu") else ""
     mci = "   ?" if p["mci_g_per_kwh"] is None else f"{p['mci_g_per_kwh']:4.0f}"
     return (
         f"{site:15} | {clock(cfg, p['t_s'])} {p['mode']:9} MCI {mci}  round {p['round']:3d}  step {p['step']:5d}/{num_steps} "
-        f"({100 * p['step'] / num_steps:4.1f} %)  loss {p['loss']:.3f}  tok/s {p['tok_per_s']:8,.0f}  {p['energy_kwh']:6.2f} kWh  "
+        f"({100 * p['step'] / num_steps:4.1f} %)  loss {p['loss']:.3f}  tok/s {p['tok_per_s']:8,.0f}{mfu}  {p['energy_kwh']:6.2f} kWh  "
         f"{1000 * p['emissions_kg']:6.0f} gCO2  eta {train_h:4.1f} h train / {wall_h:4.1f} h wall"
     )
 

@@ -569,7 +569,7 @@ class Site:
             "emissions_kg": plan.emissions_kg + emitted_kg, "energy_method": method, "wall": wall,
         }  # fmt: skip
         self.panel.step(record, plan.mode)
-        told = {k: v for k, v in record.items() if k != "wall"} | {"tok_per_s": rate}
+        told = {k: v for k, v in record.items() if k != "wall"} | {"tok_per_s": rate, "mfu": wall.get("mfu")}
         self.tell(type="progress", mode=plan.mode, **told, **drawn)
 
 

@@ -52,14 +52,14 @@ def as_site(out: Path, rounds: int, argv: list[str]) -> None:
     records, full = [], []  # full: rounds that all sites were members of
     spent = dict.fromkeys(("freeze", "average", "apply"), 0.0)  # seconds of the last sync in each
 
-    def step(site, plan, batch) -> float:
+    def step(site, plan, batch) -> torch.Tensor:
         a, r = site.replica.averager, site.replica
         if full and plan.done == 0:
             stall_s = time.monotonic() - site.frozen_at - site.excused_s
             records.append(spent | {"stall_s": stall_s, "bytes": a.sent_bytes, "bytes_per_s": a.rate, "wire": a.wire})
         if plan.splits < len(site.cfg.sites):  # still waiting for the others
             time.sleep(0.5)
-            return 1.0
+            return torch.tensor(1.0)
         full.append(r.round)
         if len(full) > rounds:
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -70,7 +70,7 @@ def as_site(out: Path, rounds: int, argv: list[str]) -> None:
             time.sleep(0.05)
         r.settle()
         r.theta_i.mul_(1.0 - 1e-3 * (1 + list(site.cfg.sites).index(site.name)))
-        return 1.0
+        return torch.tensor(1.0)
 
     train.Site.inner_step = step
     for name in spent:
@@ -100,7 +100,7 @@ def parts_of(site) -> dict:
     a, r, names = site.replica.averager, site.replica, list(site.cfg.sites)
     store = ChannelStore(site.link, "parts", 120.0)
     group = sync.ring_group(store, names.index(site.name), len(names), site.cfg.sync.interface, 600.0)
-    buffer = a.agreed.view(torch.float32)[: r.flat.numel] if a.wire == "fp32" else r.theta_i
+    buffer = a.agreed.view(torch.float32)[: r.held.flat.numel] if a.wire == "fp32" else r.theta_i
     r.theta_i.copy_(r.theta)
 
     def seconds(work) -> float:

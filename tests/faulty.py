@@ -83,7 +83,7 @@ def build(point: str, round_: int, kind: str) -> None:
         wrap(replica.Replica, "_download", lambda r, number, *a: strike(number))
     elif point == "nan":  # the model's numbers leave the finite
         wrap(train.Site, "inner_step", lambda site, plan, b: plan.done == 3 and once(federated(plan), round_)
-             and next(site.replica.model.parameters()).data.fill_(float("nan")))  # fmt: skip
+             and next(site.replica.held.model.parameters()).data.fill_(float("nan")))  # fmt: skip
     elif point == "base":  # theta is not what it was
         wrap(replica.Replica, "apply", lambda r, *a: once(r.round, round_) and r.theta[:1].add_(1.0))
     elif point == "corrupt":  # a chunk arrives damaged

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -52,8 +53,21 @@ def test_from_a_flat_vector_and_the_saved_optimizer_state_training_goes_on_to_th
         assert r["again"] == r["losses"][-len(r["again"]) :], name
 
 
-def test_as_many_ranks_again_give_the_same_bits(results):
-    assert ranked(2) == results[2]
+def test_as_many_ranks_again_on_two_nodes_give_the_same_bits(results):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [*TORCHRUN[:3], "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={meet}", "--rdzv_id=two",
+               "--local_addr=127.0.0.1", str(REPO / "tests/ranked.py")]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    nodes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        said = [node.communicate(timeout=300) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert json.loads("".join(out for out, _ in said)) == results[2]
 
 
 def start(runner, argv: list[str]) -> list:
