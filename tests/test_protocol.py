@@ -58,7 +58,8 @@ def test_two_sites_equal_the_single_process_reference_bit_for_bit(runner, change
     assert torch.equal(runner.theta(), thetas[-1])
 
 
-@pytest.mark.parametrize("wire", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("wire", ["fp32", "int8"])
 def test_ring_and_star_give_the_same_bits(runner, wire):
     """For good in fp32. A lossy star's head node keeps what its sums lost, in a ring the members do: the first round is the same."""
     argv = runner.write(PAIR, sync={"wire": wire})
@@ -135,6 +136,7 @@ def test_two_ranks_a_site_train_the_same_model(runner):
     assert (runner.theta() - one).norm() <= 2e-3 * (one - start).norm()
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_writes_the_same_journal_and_summary(runner):
     argv = runner.write(PAIR, {"a": [CLEAN] * 6 + [DIRTY], "b": [CLEAN]}, budget={"tokens": 128 * 60})
     kept = []

@@ -140,6 +140,7 @@ def test_missing_sites_never_hang_a_run_nor_make_it_unresumable(runner):
     all_hold(runner, argv)
 
 
+@pytest.mark.slow
 def test_a_run_can_be_killed_and_resumed_again_and_again(runner):
     argv = runner.write({"a": {}}, budget={"tokens": 128 * 60})
     assert runner.run([*argv, "run=calm"], ["a"]) == 0
@@ -203,6 +204,7 @@ def test_wall_clock_resumes_from_the_last_commit(runner):
 # -- who is let in ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_strangers_are_refused_with_both_values_and_disturb_nobody(runner):
     """Another config, another corpus, an unknown name, a wrong key, junk: the run goes on to the same end."""
     argv = runner.write({"a": {}}, budget={"tokens": 128 * 80})
@@ -347,6 +349,7 @@ def test_a_non_finite_loss_names_site_and_step_and_nothing_of_it_is_committed(ru
     assert not [r for r in runner.journal() if r["type"] == "commit"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_launcher_leaves_no_process_and_a_resumable_run(runner):
     argv = runner.write(PAIR, budget={"tokens": 128 * 3000})
     launch = runner.start("launch.py", *argv, log="launch")
