@@ -43,9 +43,9 @@ PAIR = {"a": {}, "b": {"tokens_per_s": 8.6}}
 
 @pytest.mark.parametrize("changes", [
     {"rounds": {"outer": "none"}},
-    {"rounds": {"outer": "nesterov", "outer_lr": 0.7, "outer_momentum": 0.9, "inner_state": "reset", "lr_position": "own",
-                "split_steps": False}},
-    {"sync": {"wire": "int8"}},
+    pytest.param({"rounds": {"outer": "nesterov", "outer_lr": 0.7, "outer_momentum": 0.9, "inner_state": "reset",
+                             "lr_position": "own", "split_steps": False}}, marks=pytest.mark.slow),
+    pytest.param({"sync": {"wire": "int8"}}, marks=pytest.mark.slow),
 ], ids=["plain averaging, split steps", "nesterov, inner state reset", "int8 with error feedback"])  # fmt: skip
 def test_two_sites_equal_the_single_process_reference_bit_for_bit(runner, changes):
     argv = runner.write(PAIR, **changes)
@@ -115,6 +115,7 @@ def test_a_day_of_joins_and_leaves_follows_the_reference_and_the_simulator(runne
         assert stored[number] == sync.digest(thetas[number]), f"round {number}"
 
 
+@pytest.mark.slow
 def test_three_sites_in_a_ring_equal_the_reference_bit_for_bit(runner):
     argv = runner.write({"a": {}, "b": {"tokens_per_s": 10.0}, "c": {}}, budget={"tokens": 128 * 16}, eval={"every_rounds": 0})
     journal = finished(runner, argv, ["a", "b", "c"])
@@ -122,6 +123,7 @@ def test_three_sites_in_a_ring_equal_the_reference_bit_for_bit(runner):
     assert torch.equal(runner.theta(), reference(runner.load(argv), journal)[-1])
 
 
+@pytest.mark.slow
 def test_two_ranks_a_site_train_the_same_model(runner):
     argv = runner.write({"a": {"ranks": 2}}, budget={"tokens": 128 * 6})
     head = runner.start("coordinator.py", *argv, log="coordinator")
