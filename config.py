@@ -8,6 +8,7 @@ An unknown key, a wrong type or a value out of bounds raises BadInput, which `co
 code 2, before anything is started or written.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -28,6 +29,13 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_BUDGET_LEFT = 0, 1, 2, 3
 
 class BadInput(ValueError):
     """Something the user can fix. The message is one line: value, bound, remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """For options beyond CONFIG [key=value ...]; what is wrong with them is one line, as everywhere."""
+
+    def error(self, message: str):
+        raise BadInput(f"{message}; see --help")
 
 
 @dataclass

@@ -74,7 +74,7 @@ class Coordinator:
         self.vault = Vault(cfg, self.dir / "state", self._has_written)
         self.run, self.samples = simulate.new_run(cfg, self.traces)
         self.incarnations: dict[str, str] = {}  # of each site's last process
-        self.energy = report.Lines(self.dir / "energy.csv")
+        self.energy = report.Lines(self.dir / "energy.csv", carbon.READINGS)
         self.readings = carbon.readings_of(self.dir)  # what the sites' meters said
         self.last_readings = {r.site: r for r in self.readings}
         self.unheard: set[str] = set()  # after a restart: sites that should say hello
@@ -510,8 +510,6 @@ class Coordinator:
         reading, last = carbon.Reading(site, self.incarnations[site], round(self.t, 3), kwh, method), self.last_readings.get(site)
         if last and (reading.t_s < last.t_s + READINGS_EVERY_S or (reading.incarnation == last.incarnation and kwh < last.kwh)):
             return
-        if not self.readings:
-            self.energy.write(carbon.READINGS)
         self.energy.write(carbon.reading_line(reading))
         self.readings.append(reading)
         self.last_readings[site] = reading

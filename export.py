@@ -32,7 +32,7 @@ from torch import Tensor
 import config
 import data
 import sync
-from config import BadInput
+from config import BadInput, Parser
 from model import GPT, LOGIT_CAP, NORM_EPS, ROTARY_BASE, Shape, shape_of
 
 FIELDS = {
@@ -314,13 +314,6 @@ def model_card(stored: Stored, round_: int, run: Path, cfg) -> str:
         f"Trained on `{cfg.data.source}`, tokenizer `{cfg.data.tokenizer}`. The licence of that text, and so of this model, is for whoever "
         "publishes it to state here.", "",
     ])  # fmt: skip
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, whose complaints are one line here as everywhere."""
-
-    def error(self, message: str):
-        raise BadInput(f"{message}; see --help")
 
 
 def main(argv: list[str]) -> int:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import config
 import sync
-from config import BadInput
-from export import Parser, Stored, load_folder, load_run, run_folder, separator
+from config import BadInput, Parser
+from export import Stored, load_folder, load_run, run_folder, separator
 from model import GPT, rms_norm, rotate
 
 

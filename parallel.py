@@ -26,8 +26,8 @@ from model import GPT, compile_
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
 WORD_BYTES = 4096  # what one broadcast carries; longer words take a second one
-TIMEOUT = timedelta(minutes=10)  # of one collective; rank 0 has something to say at least every PULSE_S
-PULSE_S = 60.0
+TIMEOUT = timedelta(hours=2)  # of one collective: the others wait while rank 0 downloads or averages over a slow link
+PULSE_S = 60.0  # an idle rank 0 has something to say at least so often
 
 
 class Ranks:

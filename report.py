@@ -102,16 +102,19 @@ def step_line(cfg, site: str, p: dict, run, predicted_end_s: float) -> str:
 
 
 class Lines:
-    """A file of lines that only grows. A disk that is full does not stop the training: its lines wait for space."""
+    """A file of lines that only grows, behind a header if it has one. A disk that is full does not stop the training: its lines
+    wait for space."""
 
-    def __init__(self, path: Path):
-        self.path, self.waiting = path, []
+    def __init__(self, path: Path, header: str | None = None):
+        self.path, self.header, self.waiting = path, header, []
         mend(path)
 
     def add(self, record: dict) -> None:
         self.write(json.dumps(record))
 
     def write(self, line: str) -> None:
+        if self.header and not self.waiting and not (self.path.exists() and self.path.stat().st_size):
+            line = f"{self.header}\n{line}"
         self.waiting.append(line + "\n")
         data = "".join(self.waiting).encode()
         try:

@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
     for name, columns in (("1 kW at every site", constant), (f"recorded run {cfg.run}", carbon.columns(run["rows"]))):
         cases[name], ours[name] = {}, 0.0
         for site, spec in cfg.sites.items():
-            edges, kw, mci = figures.draw(run | {"rows": columns}, site)
+            readings = [] if columns is constant else run["readings"]
+            edges, kw, mci = figures.draw(run | {"rows": columns, "readings": readings}, site)
             kw = kw / spec.train_kw if columns is constant else kw
             ticks = np.arange(0.0, edges[-1] + STEP_S, STEP_S)  # what a meter would read: the mean power of each second
             joules = np.interp(ticks, edges, np.concatenate(([0.0], np.cumsum(1000 * kw * np.diff(edges)))))
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
             if columns is constant:
                 ours[name] += carbon.emissions_kg(1.0, run["traces"][spec.region], start, start + end_s)
         if columns is not constant:
-            ours[name] = carbon.account(columns, cfg, run["traces"])["emissions_kg"]
+            ours[name] = carbon.account(columns, cfg, run["traces"], run["readings"])["emissions_kg"]
     call = [environments.make("vessim") / "python", __file__, "--inside"]
     done = subprocess.run(call, input=json.dumps(cases), stdout=subprocess.PIPE, text=True, check=True)
     rows = {

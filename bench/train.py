@@ -13,7 +13,6 @@ of the whole step. Memory: CUDA's own peak, or on a CPU how much the process gre
 (environments.py), which holds both models and takes turns, so that noise hits both.
 """
 
-import argparse
 import json
 import re
 import resource
@@ -29,7 +28,7 @@ sys.path[0] = str(REPO)  # not bench/: `train` and `sync` are those at the top
 import torch  # noqa: E402
 
 import config  # noqa: E402
-from config import BadInput  # noqa: E402
+from config import BadInput, Parser  # noqa: E402
 from model import GPT, NORM_EPS, Shape, compile_, flops_per_token, num_params, shape_of  # noqa: E402
 
 LOADER_BATCHES = 20
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["--beside"]:
         print(json.dumps(beside(**json.loads(argv[1]))))
         return 0
-    parser = argparse.ArgumentParser(prog="bench/train.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="bench/train.py", description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="+", help="CONFIG [key=value ...]")
     parser.add_argument("--count", action="store_true", help="measure nothing")
     parser.add_argument("--transformers", action="store_true", help="beside NanoChatForCausalLM")
@@ -96,7 +95,6 @@ def measure(cfg, spec, shape: Shape, steps: int, ranks) -> dict:
     """Steps as a site takes them, on the ranks that torchrun has started, or alone. What it says is rank 0's."""
     import torch.distributed as dist
 
-    import sync
     from data import Corpus, read_meta, tokens_dir
     from devices import peak_flops
     from optim import Inner, schedule
@@ -105,11 +103,7 @@ def measure(cfg, spec, shape: Shape, steps: int, ranks) -> dict:
     corpus, tokens = Corpus(cfg) if read_meta(tokens_dir(cfg)) else None, cfg.data.tokens_per_step
     rows, before_bytes = tokens // shape.seq_len // ranks.size, grown_to_bytes()
     model = GPT(shape).init_weights(cfg.seed)
-    theta = sync.Flat(model).read(model)
     held = Held(model, ranks, spec.parallel, cfg.model.dtype, cfg.model.compile, spec.checkpointing)
-    if ranks.rank == 0:
-        held.vector.copy_(theta)
-    held.write()
     inner = Inner(held.model, cfg.optim, ranks)
     inner.set(schedule(0, cfg.budget.tokens, tokens, cfg.optim))
     gradient_s, step_s = [], []

@@ -306,8 +306,13 @@ def test_energy_csv_is_read_as_it_was_written_but_for_a_torn_line(tmp_path):
     path.write_text("\n".join([carbon.READINGS, *ROWS]) + "\na,r,6.0,0.")
     readings = carbon.readings_of(tmp_path)
     assert [carbon.reading_line(r) for r in readings] == ROWS and readings[0] == Reading("a", "p", 1.0, 0.5, "rapl")
-    report.Lines(path).write(carbon.reading_line(Reading("a", "r", 7.0, 0.25, "rapl")))
+    row = carbon.reading_line(Reading("a", "r", 7.0, 0.25, "rapl"))
+    report.Lines(path, carbon.READINGS).write(row)
     assert [r.t_s for r in carbon.readings_of(tmp_path)] == [1.0, 1.5, 3.0, 5.0, 7.0], "what came after it is whole"
+    for torn in ("", carbon.READINGS[:4], f"{carbon.READINGS}\n", f"{carbon.READINGS}\na,p,1"):  # a crash at the very start
+        path.write_text(torn)
+        report.Lines(path, carbon.READINGS).write(row)
+        assert path.read_text() == f"{carbon.READINGS}\n{row}\n"
 
 
 @pytest.mark.parametrize(
@@ -340,7 +345,7 @@ def test_account_takes_what_meters_said(tmp_path, capsys):
 
 def test_the_coordinator_keeps_one_row_a_second_and_only_what_can_be(tmp_path):
     head = types.SimpleNamespace(
-        t=0.0, incarnations={"a": "p"}, readings=[], last_readings={}, energy=report.Lines(tmp_path / "energy.csv"),
+        t=0.0, incarnations={"a": "p"}, readings=[], last_readings={}, energy=report.Lines(tmp_path / "energy.csv", carbon.READINGS),
         virtual=False, hub=types.SimpleNamespace(is_alive=lambda: True, inbox=queue.Queue()), now=lambda: head.t,
     )  # fmt: skip
     head._metered = types.MethodType(Coordinator._metered, head)
