@@ -20,8 +20,8 @@ demo: $(READY)  ## one paper day, three sites, real training: about 3 minutes on
 test: $(READY)  ## laws and smoke, at most 5 minutes
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(READY)  ## adds everything with many processes, at most 30 minutes
-	$(BIN)/python -m pytest
+test-all: test  ## adds everything with many processes and other environments, at most 30 minutes
+	$(BIN)/python -m pytest -m slow
 
 paper: $(READY)  ## the paper's schedules, experiments, figures and table: about 15 minutes on 2 cores
 	for c in $(FULL); do $(BIN)/python simulate.py configs/$$c.yaml --write || exit 1; done

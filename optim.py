@@ -48,7 +48,6 @@ class Inner:
     """Muon and AdamW as one optimizer whose settings follow `schedule`. ranks: who shares the model, if not this process alone."""
 
     def __init__(self, model: GPT, optim, ranks: Ranks | None = None):
-        self.ranks = ranks
         width_scale = (model.shape.width / 768) ** -0.5  # nanochat tuned the AdamW rates at width 768
         adam = [
             {"params": [model.embed.weight], "base_lr": optim.embedding_lr * width_scale},

@@ -238,8 +238,8 @@ class Replica:
             if self.rank == 0:
                 digest.set_result(sync.digest(self.theta))
                 self._log(about, digest.result())
-            if done and self.rank == 0:
-                done(digest.result(), sync.digest(self.m))
+                if done:
+                    done(digest.result(), sync.digest(self.m))
             self._save_inner(inner, round_)
 
         self._in_background(follow)

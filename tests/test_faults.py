@@ -18,7 +18,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import CLEAN, DIRTY, REPO, processes_in
+from conftest import CLEAN, DIRTY, REPO, Runner, processes_in
 from test_runs import until
 
 from journal import effective
@@ -78,10 +78,18 @@ class Day:
         """Rounds that came to nothing, but for one that a second site's arrival cut short before its first step."""
         return [r for r in self.journal("cancel", "rollback") if r.get("reason") != "no whole step fitted"]
 
+    def whole(self) -> bool:
+        """Whether all three have been members of a round."""
+        return any(len(r["members"]) == 3 for r in self.journal("open"))
+
     def after(self, number: int):
         """Wait for `number` more commits."""
         goal = self.commits() + number
         until(lambda: self.commits() >= goal or self.head.poll() is not None, 60)
+
+    def next_attempt(self):
+        seen = len(self.journal("attempt"))
+        until(lambda: len(self.journal("attempt")) > seen, 30)
 
     def end(self, gone=()):
         """The run ends with everything committed and every invariant held; nobody stays behind."""
@@ -421,6 +429,7 @@ class Proxy(threading.Thread):
 
     def __init__(self, day: Day, lag_s: float = 0.0, bytes_per_s: float = 0.0):
         super().__init__(daemon=True)
+        self.day = day
         self.lag_s, self.bytes_per_s = lag_s, bytes_per_s
         self.address = day.runner.run_dir / "address"
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -468,38 +477,61 @@ class Proxy(threading.Thread):
 
 @pytest.fixture
 def wired(runner):
-    """A day whose site c reaches the coordinator through a wire of ours."""
+    """A day whose site c reaches the coordinator through a wire of ours; a second one runs beside it, in a folder of its own."""
     made = []
 
-    def make(fault="none", lag_s=0.0, bytes_per_s=0.0, pace_s=PACE_S, **changes):
-        day = Day(runner, **changes)
+    def make(fault="none", lag_s=0.0, bytes_per_s=0.0, pace_s=PACE_S, begun=True, **changes):
+        own = runner if not made else Runner(runner.folder / f"day-{len(made)}", runner.corpus, runner.data_dir)
+        own.folder.mkdir(exist_ok=True)
+        day = Day(own, **changes)
         day.paces = dict.fromkeys(day.sites, pace_s)
         day.head = day.start("coordinator")
-        until(lambda: (runner.run_dir / "address").exists(), 30)
+        until(lambda: (own.run_dir / "address").exists(), 30)
         made.append(wire := Proxy(day, lag_s, bytes_per_s))
         day.workers = {"a": day.start("a"), "b": day.start("b"), "c": day.start("c", fault, f"sync.port={wire.port}")}
-        until(lambda: any(len(r["members"]) == 3 for r in day.journal("open")), 60)
+        if begun:
+            until(day.whole, 60)
         return day, wire
 
     yield make
     for wire in made:
         wire.close()
+        wire.day.runner.stop()
 
 
-@pytest.mark.parametrize("moment", ["train", "reduce"])
-@pytest.mark.parametrize("seconds, rounds", [(1, 24), (10, 60), (60, 90)])
-def test_a_site_cut_from_the_coordinator_cannot_commit_alone_and_heals(wired, moment, seconds, rounds):
-    changes = {"max_offline_s": 90} | ({"max_steps": None, "train_s": 3} if moment == "train" else {})
-    day, wire = wired(pace_s=0.03 if seconds == 60 else PACE_S, rounds=rounds, rounds_=changes)
-    day.after(1)
-    if moment == "reduce":
-        seen = len(day.journal("attempt"))
-        until(lambda: len(day.journal("attempt")) > seen, 30)
-    wire.cut = True
+def cut_off_for(seconds: float, days: dict[str, tuple[Day, Proxy]]) -> dict[str, list[dict]]:
+    """Cuts each day's site c off at its moment; moment -> what was committed until the link healed."""
+    for moment, (day, wire) in days.items():
+        day.after(1)
+        if moment == "reduce":
+            day.next_attempt()
+        wire.cut = True
     time.sleep(seconds)
-    during = day.journal("commit")
-    wire.cut = False
-    day.end()
+    during = {moment: day.journal("commit") for moment, (day, _) in days.items()}
+    for _, wire in days.values():
+        wire.cut = False
+    return during
+
+
+@pytest.mark.parametrize("seconds, rounds, moments", [
+    (1, 24, ["train"]), (1, 24, ["reduce"]), (10, 28, ["train", "reduce"]), (60, 90, ["train", "reduce"]),
+])  # fmt: skip
+def test_a_site_cut_from_the_coordinator_cannot_commit_alone_and_heals(wired, seconds, rounds, moments):
+    """The long cuts at both moments at once, in two runs that wait more than they work."""
+    train = {"train": {"max_steps": None, "train_s": 3}, "reduce": {}}
+    pace_s, dead_s = (0.03, 3) if len(moments) > 1 else (PACE_S, 1.5)
+    days = {m: wired(pace_s=pace_s, begun=False, rounds=rounds, rounds_=train[m] | {"max_offline_s": 90}, sync={"dead_s": dead_s})
+            for m in moments}  # fmt: skip
+    for day, _ in days.values():
+        until(day.whole, 60)
+    during = cut_off_for(seconds, days)
+    for day, _ in days.values():
+        day.end()
+    for moment, (day, _) in days.items():
+        went_on_and_healed(day, seconds, during[moment])
+
+
+def went_on_and_healed(day: Day, seconds: float, during: list[dict]) -> None:
     assert not day.voided()
     kinds = {(r["site"], r["kind"]) for r in day.faults()}
     assert kinds <= {("c", "silent"), ("c", "lost"), ("a", "average failed"), ("b", "average failed"), ("c", "average failed")}
