@@ -185,8 +185,8 @@ class Coordinator:
             self.vault.agreed[lost["round"] + 1] = commit["digest"], attempt["wire"]
         while self.samples.next_time() <= now_s:
             t = self.samples.next_time()
-            for site, mci in self.samples.due(t):
-                run.observe(t, site, mci)
+            for site, mci, ahead in self.samples.due(t):
+                run.observe(t, site, mci, ahead)
         run.schedule.resume()
         self.unheard = {name for name, site in run.schedule.sites.items() if site.state != "off"}
 
@@ -341,8 +341,8 @@ class Coordinator:
         self.now = lambda: offset + time.monotonic() - started
         while not run.ended:
             self.t = self.now()
-            for site, mci in self.samples.due(self.t):
-                run.observe(self.t, site, mci)
+            for site, mci, ahead in self.samples.due(self.t):
+                run.observe(self.t, site, mci, ahead)
                 if mci is not None:
                     self.hub.send(site, {"type": "signal", "t_s": self.t, "mci": mci})
             for name, site in run.schedule.sites.items():

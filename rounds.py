@@ -231,8 +231,9 @@ class Run:
 
     # -- in: time and signals ---------------------------------------------------------------------------------------
 
-    def observe(self, t: float, site: str, mci: float | None) -> None:
-        self.schedule.observe(t, site, mci)
+    def observe(self, t: float, site: str, mci: float | None, ahead: tuple | None = None) -> None:
+        """A sample of a site's grid, and the forecast issued with it, if any: Schedule.observe."""
+        self.schedule.observe(t, site, mci, ahead)
 
     def advance(self, t: float) -> None:
         """Everything due by t: site transitions, freezes, commits, hand-overs, new rounds, the end."""

@@ -114,8 +114,12 @@ class Schedule:
         self._next = dict.fromkeys(sites, INFINITY)  # when something is due at a site
         self._queue: list[tuple[float, int, str]] = []  # the same, earliest first; entries that differ are stale
 
-    def observe(self, t: float, name: str, mci: float | None) -> None:
-        """A new sample: it may set the mark of a pending start or stop, or lift it. Decides nothing yet."""
+    def observe(self, t: float, name: str, mci: float | None, ahead: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+        """A new sample: it may set the mark of a pending start or stop, or lift it. Decides nothing yet.
+
+        ahead: the forecast issued with it, if any: (n,) seconds since clock.start at which each value begins to hold,
+        (n,) gCO2/kWh.
+        """
         site = self.sites[name]
         site.mci = mci
         up = site.state != "off"

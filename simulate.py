@@ -68,13 +68,13 @@ class Samples:
     def next_time(self) -> float:
         return self._next_time
 
-    def due(self, t: float) -> list[tuple[str, float | None]]:
-        """(site, gCO2/kWh or None) of every sample at or before t not handed out yet."""
+    def due(self, t: float) -> list[tuple[str, float | None, tuple | None]]:
+        """(site, gCO2/kWh or None, forecast issued with it or None) of every sample at or before t not handed out yet."""
         out = []
         while self._next_time <= t:
             i = self._next
             value = float(self._values[i])
-            out.append((self._sites[self._owners[i]], None if value != value else value))
+            out.append((self._sites[self._owners[i]], None if value != value else value, None))
             self._next = i + 1
             self._next_time = float(self._times[i + 1]) if i + 1 < len(self._times) else INFINITY
         return out
@@ -107,8 +107,8 @@ def drive(run: Run, samples: Samples, execute=imagine, journal=lambda records: N
     """
     t = 0.0
     while True:
-        for site, mci in samples.due(t):
-            run.observe(t, site, mci)
+        for site, mci, ahead in samples.due(t):
+            run.observe(t, site, mci, ahead)
         run.advance(t)
         while True:
             records, actions = run.take()

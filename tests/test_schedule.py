@@ -216,8 +216,8 @@ def drive_in_real_time(run: Run, samples, timed: Facts, store_s: float = 0.0, fe
             later(t, lambda now: run.evaluated(now, d["round"], None, None))
 
     while not run.ended:
-        for site, mci in samples.due(t):
-            run.observe(t, site, mci)
+        for site, mci, ahead in samples.due(t):
+            run.observe(t, site, mci, ahead)
         while True:
             for entry in sorted((q for q in queue if q[0] <= t), key=lambda q: q[:2]):
                 queue.remove(entry)

@@ -58,8 +58,8 @@ def test_it_is_refused_before_anything_is_written_and_printed_at_the_start(runne
 def open_round(**options):
     """A wall-clock run whose three members have just been opened a round of 90 s; everyone makes a step in 10 s."""
     run, samples = make_run(dict.fromkeys("abc", [20.0] * 60), rates=dict.fromkeys("abc", 1.0), budget=500, timed=False, **options)
-    for site, mci in samples.due(0.0):
-        run.observe(0.0, site, mci)
+    for site, mci, ahead in samples.due(0.0):
+        run.observe(0.0, site, mci, ahead)
     run.advance(0.0)
     for site in "abc":
         run.provisioned(0.0, site)
@@ -158,8 +158,8 @@ def test_a_result_that_was_written_wrongly_is_asked_for_again():
 
 def test_a_local_round_that_is_being_written_outlives_its_site():
     run, samples = make_run({"a": [CLEAN] * 10}, rates={"a": 1.0}, timed=False, budget=100, commit_every_s=60.0)
-    for site, mci in samples.due(0.0):
-        run.observe(0.0, site, mci)
+    for site, mci, ahead in samples.due(0.0):
+        run.observe(0.0, site, mci, ahead)
     run.advance(0.0)
     run.provisioned(0.0, "a")
     run.current(0.0, "a", 0)
