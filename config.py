@@ -131,13 +131,26 @@ class Sync:
 
 @dataclass
 class Policy:
-    name: str = "threshold"  # threshold | always
-    on_below_g_per_kwh: float = 100.0
+    name: str = "threshold"  # threshold | break_even | forecast_gate | percentile | deadline | plan | oracle | always
+    on_below_g_per_kwh: float = 100.0  # these two in the unit of the objective
     off_above_g_per_kwh: float = 100.0
     on_delay_s: float = 0.0
     off_delay_s: float = 600.0
     min_on_s: float = 0.0
     min_off_s: float = 0.0
+    max_sites: int | None = None  # so many at once, the cleanest; null: all
+    objective: str = "carbon"  # carbon: MCI, g/kWh | price: currency/MWh | mix: MCI + mix_kg_per_currency x price, g/kWh
+    mix_kg_per_currency: float = 0.0  # what one unit of currency is worth; a carbon price of 100 per tonne: 10
+    cap_g_per_kwh: float | None = None  # above it no site runs, whatever the policy says
+    cap_price_per_mwh: float | None = None  # likewise
+    forecast: str = "yesterday"  # persistence | yesterday | issued (f1..fk beside the trace) | truth; see forecast.py
+    forecast_days: int = 3  # yesterday: the mean of so many days; one is the day before alone
+    forecast_decay_s: float = 3600.0  # yesterday: how fast its error of now fades
+    min_window_s: float = 300.0  # forecast_gate, plan: shortest window worth a start, beyond the restart itself
+    deadline_h: float | None = None  # deadline: the budget by then, from clock.start | plan, oracle: null: no deadline
+    horizon_h: float = 24.0  # plan without a deadline looks so far ahead
+    percentile: float = 20.0  # percentile: run in so many percent of the time,
+    percentile_hours: float = 168.0  # of what was seen in the last so many hours
 
 
 @dataclass
@@ -231,7 +244,9 @@ CHOICES = {
     "sync.backend": ("gloo",),
     "sync.transport": ("gloo",),
     "sync.wire": ("fp32", "bf16", "int8", "auto"),
-    "policy.name": ("threshold", "always"),
+    "policy.name": ("threshold", "break_even", "forecast_gate", "percentile", "deadline", "plan", "oracle", "always"),
+    "policy.objective": ("carbon", "price", "mix"),
+    "policy.forecast": ("persistence", "yesterday", "issued", "truth"),
     "carbon.unit": ("g/kWh", "kg/kWh", "kg/MWh", "lb/MWh"),
     "carbon.stamp": ("start", "end"),
     "carbon.interpolation": ("hold", "linear"),
@@ -241,12 +256,14 @@ CHOICES = {
 POSITIVE = (
     "budget.tokens", "model.depth", "model.seq_len", "data.tokens_per_step", "rounds.train_s", "rounds.grace_s",
     "rounds.max_offline_s", "rounds.rejoin_wait_s", "rounds.outer_lr", "sync.chunk_mb", "sync.heartbeat_s",
-    "carbon.max_gap_s", "carbon.pue", "log.every_steps", "data.tokenizer_chars",
+    "carbon.max_gap_s", "carbon.pue", "log.every_steps", "data.tokenizer_chars", "policy.forecast_days", "policy.horizon_h",
+    "policy.percentile_hours",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "data.val_tokens", "rounds.sync_s", "rounds.outer_momentum", "sync.port",
     "policy.on_below_g_per_kwh", "policy.off_above_g_per_kwh", "policy.on_delay_s", "policy.off_delay_s",
-    "policy.min_on_s", "policy.min_off_s", "eval.every_rounds", "eval.tokens", "optim.warmup", "optim.warmdown",
+    "policy.min_on_s", "policy.min_off_s", "policy.forecast_decay_s", "policy.min_window_s", "policy.mix_kg_per_currency",
+    "eval.every_rounds", "eval.tokens", "optim.warmup", "optim.warmdown",
 )  # fmt: skip
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -306,7 +323,7 @@ def _check(cfg: Config) -> None:
         if not math.isfinite(value):
             raise BadInput(f"{key}={value} must be a finite number")
     for key in ("clock.max_hours", "rounds.commit_every_s", "rounds.max_steps", "sync.chunk_s", "sync.attempt_s", "sync.link_gbit",
-                "model.width", "model.heads", "model.kv_heads", "model.vocab", "data.shards", "data.workers"):  # fmt: skip
+                "policy.max_sites", "policy.deadline_h", "policy.cap_g_per_kwh", "model.width", "model.heads", "model.kv_heads", "model.vocab", "data.shards", "data.workers"):  # fmt: skip
         value = OmegaConf.select(cfg, key)
         if value is not None and value <= 0:
             raise BadInput(f"{key}={value} must be > 0, or null")
@@ -353,6 +370,10 @@ def _check(cfg: Config) -> None:
             raise BadInput(f"sites.{name}.ranks={site.ranks} must divide the {per_step // seq_len} rows of a step")
     if cfg.sync.wire == "auto" and cfg.clock.mode == "virtual" and cfg.sync.link_gbit is None:
         raise BadInput("sync.wire=auto on the virtual clock: nothing is measured there; set sync.link_gbit, or fp32, bf16 or int8")
+    if not 0 < cfg.policy.percentile <= 100:
+        raise BadInput(f"policy.percentile={cfg.policy.percentile} must be > 0 and <= 100, the share of the time to run in")
+    if cfg.policy.name == "deadline" and cfg.policy.deadline_h is None:
+        raise BadInput("policy.name=deadline needs policy.deadline_h, hours from clock.start by which the budget must be trained")
     if cfg.policy.off_above_g_per_kwh < cfg.policy.on_below_g_per_kwh:
         raise BadInput(f"policy.off_above_g_per_kwh={cfg.policy.off_above_g_per_kwh} must be >= "
                        f"policy.on_below_g_per_kwh={cfg.policy.on_below_g_per_kwh}")  # fmt: skip

@@ -76,10 +76,7 @@ def _least_kg(curves: list[np.ndarray], need: float) -> float:
     *first, last = curves
     total = np.array([0.0])
     for curve in first:
-        joint = np.full(len(total) + len(curve) - 1, np.inf)
-        for k, cost in enumerate(total):
-            np.minimum(joint[k : k + len(curve)], cost + curve, out=joint[k : k + len(curve)])
-        total = joint
+        total, _ = _joint(total, curve)
     low, most = int(need), len(total) + len(last) - 2
 
     def at(n: int) -> float:
@@ -87,6 +84,95 @@ def _least_kg(curves: list[np.ndarray], need: float) -> float:
         return float((total[k] + last[n - k]).min()) if n <= most else np.inf
 
     return at(low) if need == low else (1 - need + low) * at(low) + (need - low) * at(low + 1)
+
+
+def _joint(total: np.ndarray, curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Min-plus convolution. -> least cost of n units of both, (n,); how many of them are the second's."""
+    joint = np.full(len(total) + len(curve) - 1, np.inf)
+    second = np.zeros(len(joint), int)
+    if len(total) > len(curve):
+        for k, cost in enumerate(curve):
+            better = total + cost < joint[k : k + len(total)]
+            joint[k : k + len(total)][better], second[k : k + len(total)][better] = (total + cost)[better], k
+    else:
+        at = np.arange(len(curve))
+        for k, cost in enumerate(total):
+            better = cost + curve < joint[k : k + len(curve)]
+            joint[k : k + len(curve)][better], second[k : k + len(curve)][better] = (cost + curve)[better], at[better]
+    return joint, second
+
+
+def share_out(curves: list[np.ndarray], need: int) -> list[int] | None:
+    """Units of each site, `need` in all, with the least sum of costs; None if they do not suffice. Exact for up to four sites; more
+    are priced (each takes what is cheapest at one price a unit), which may give a few units too many."""
+    if sum(len(c) - 1 for c in curves) < need:
+        return None
+    if len(curves) > 4:
+        low, high = 0.0, 2 * max(float(np.diff(c[np.isfinite(c)], prepend=0.0).max(initial=0.0)) for c in curves) + 1.0
+        for _ in range(50):
+            price = (low + high) / 2
+            taken = [int(len(c) - 1 - np.argmin((c - price * np.arange(len(c)))[::-1])) for c in curves]
+            low, high = (price, high) if sum(taken) < need else (low, price)
+        taken = [int(len(c) - 1 - np.argmin((c - high * np.arange(len(c)))[::-1])) for c in curves]
+        return taken if sum(taken) >= need else None
+    total, seconds = np.array([0.0]), []
+    for curve in curves:
+        total, second = _joint(total, curve)
+        seconds.append(second)
+    if not np.isfinite(total[need]):
+        above = np.flatnonzero(np.isfinite(total[need:]))
+        if not above.size:
+            return None
+        need += int(above[0])  # minimum windows: a little more
+    taken = []
+    for second in reversed(seconds):
+        taken.append(int(second[need]))
+        need -= taken[-1]
+    return taken[::-1]
+
+
+def programme(costs: np.ndarray, begins: np.ndarray, age: int, on: bool = False, gap: int = 1) -> tuple[np.ndarray, tuple]:
+    """Least cost of training exactly k of n slots, k = 0..n, in windows of at least `age` slots, and the choices `trained` reads.
+
+    costs, begins (n,): of training in a slot, and of starting to at it. on: training when slot 0 begins, for long enough. gap: idle slots between
+    windows, at least.
+    A dynamic programme over (slots trained, age of the window).
+    """
+    n = len(costs)
+    off, young = np.full(n + 1, np.inf), np.full((age, n + 1), np.inf)  # young[j]: trained j + 1 slots, the last row: or more
+    (young[-1] if on else off)[0] = 0.0
+    closed, stayed = np.empty((n, n + 1), bool), np.empty((n, n + 1), bool)
+    before, rested = np.minimum(off, young[-1]), [off] * gap  # rested[0]: off for `gap` slots
+    for slot, (begin, cost) in enumerate(zip(begins, costs)):
+        grown = np.full_like(young, np.inf)
+        grown[0, 1:] = rested[0][:-1] + (begin + cost)
+        grown[1:, 1:] = young[:-1, :-1] + cost
+        old = young[-1, :-1] + cost
+        stayed[slot, 1:], stayed[slot, 0] = old <= grown[-1, 1:], False
+        np.minimum(grown[-1, 1:], old, out=grown[-1, 1:])
+        closed[slot] = young[-1] < off
+        before = np.minimum(off, young[-1])
+        off, young = before, grown
+        rested = [*rested[1:], off]
+    return np.minimum(off, young[-1]), (closed, stayed, young[-1] < off, age, gap, before)
+
+
+def trained(choices: tuple, k: int) -> np.ndarray:
+    """(n,) bool: the slots in which `programme`'s least cost for k is trained."""
+    closed, stayed, last, age, gap, _ = choices
+    out, row, rest = np.zeros(len(closed), bool), age - 1 if last[k] else -1, 0  # row -1: off
+    for slot in range(len(closed) - 1, -1, -1):
+        if rest:
+            rest -= 1
+        elif row < 0:
+            row = age - 1 if closed[slot, k] else -1
+        else:
+            out[slot] = True
+            if row < age - 1 or not stayed[slot, k]:
+                row -= 1
+                rest = gap - 1 if row < 0 else 0
+            k -= 1
+    return out
 
 
 def _site_curves(spec, trace: Trace, start: int, step: int, slots: int, one_more: bool) -> list[np.ndarray]:
@@ -99,17 +185,5 @@ def _site_curves(spec, trace: Trace, start: int, step: int, slots: int, one_more
     ahead = t - spec.provision_s  # before the trace's first sample its value is taken to hold
     begins = trace.integrals(np.maximum(trace.begin, ahead), t) + trace.values[0] * np.maximum(0.0, trace.begin - ahead)
     begins *= spec.idle_kw / 3.6e6
-    off, on = np.full(slots + 1, np.inf), np.full((age, slots + 1), np.inf)  # on[j]: trained j+1 samples, last: or more
-    off[0] = 0.0
-    curves = []
-    for slot, (begin, cost) in enumerate(zip(begins, costs)):
-        if one_more and slot == slots - 1:
-            curves.append(np.minimum(off, on[-1])[:-1])
-        grown = np.empty_like(on)
-        grown[:, 0] = np.inf
-        grown[0, 1:] = off[:-1] + (begin + cost)
-        grown[1:, 1:] = on[:-1, :-1] + cost
-        np.minimum(grown[-1, 1:], on[-1, :-1] + cost, out=grown[-1, 1:])
-        off, on = np.minimum(off, on[-1]), grown
-        # a window that just closed may not reopen in the same sample: `off` above is what held before it
-    return [*curves, np.minimum(off, on[-1])]
+    curve, (*_, before) = programme(costs, begins, age)
+    return [before[:-1], curve] if one_more else [curve]

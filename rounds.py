@@ -239,6 +239,7 @@ class Run:
         """Everything due by t: site transitions, freezes, commits, hand-overs, new rounds, the end."""
         if self.ended:
             return
+        self.schedule.consider(t, self._left(t))
         if self.phase == "reduce" and self._agreed() and self._sync_over(t):
             self._commit(t)
         if self.phase == "train" and self._freeze_time() <= t + ROUND_OFF:
@@ -971,6 +972,11 @@ class Run:
         now = self.now
         until = min(t, now.gone.get(site, t), now.silent.get(site, t))
         return now.steps.get(site, min(count(now.leases[site]), int(max(0.0, until - now.open_s) / self._step_s(site))))
+
+    def _left(self, t: float) -> float:
+        """Tokens yet to be trained, with what the open round has by now."""
+        open_ = sum(self._trained(t, s) for s in self.now.members) if self.now else 0
+        return self.facts.num_batches * self.facts.tokens_per_step - self.committed_tokens - open_ * self.facts.tokens_per_step
 
     def _cancel(self, t: float, reason: str) -> None:
         now = self.now

@@ -19,9 +19,10 @@ import numpy as np
 import config
 import report
 from carbon import Meter, Trace, load_traces, write_intervals
+from forecast import Forecast
 from journal import order
 from rounds import Action, Run, facts_of
-from scheduler import INFINITY, Schedule, Site, policy_of
+from scheduler import INFINITY, Objective, Schedule, Site, policy_of
 
 
 def new_run(cfg, traces: dict[str, Trace]) -> tuple[Run, "Samples"]:
@@ -29,11 +30,39 @@ def new_run(cfg, traces: dict[str, Trace]) -> tuple[Run, "Samples"]:
     start, timed = config.start_unix(cfg), cfg.clock.mode == "virtual"
     by_site = {name: traces[site.region] for name, site in cfg.sites.items()}
     end_s = min(float(min(t.end for t in by_site.values()) - start), (cfg.clock.max_hours or INFINITY) * 3600)
-    policy = policy_of(cfg.policy, max(t.step_s for t in by_site.values()))
-    sites = {name: Site(s.provision_s, s.startup_s) for name, s in cfg.sites.items()}
-    samples = Samples(by_site, start, end_s, policy.matters if timed else None)
-    schedule = Schedule(policy, sites, timed, samples.at if timed else None)
-    return Run(facts_of(cfg, end_s), schedule, Meter(list(sites))), samples
+    sites = {name: Site(s.provision_s, s.startup_s, s.tokens_per_s, s.idle_kw, s.train_kw) for name, s in cfg.sites.items()}
+    objective = Objective(cfg.policy)
+    forecast, facts = forecast_of(cfg, by_site, start, objective), facts_of(cfg, end_s)
+    policy = policy_of(cfg.policy, max(t.step_s for t in by_site.values()), forecast, facts.train_s, facts.sync_s)
+    samples = Samples(by_site, start, end_s, policy.matters if timed and objective.plain else None)
+    plain = None if objective.plain else objective
+    schedule = Schedule(policy, sites, timed, samples.at if timed else None, plain, cfg.policy.max_sites)
+    return Run(facts, schedule, Meter(list(sites))), samples
+
+
+def forecast_of(cfg, traces: dict[str, Trace], start: int, objective: Objective) -> Forecast | None:
+    """What a policy may know of the time to come; None for those that ask for nothing. traces: site -> Trace."""
+    p = cfg.policy
+    if p.name in ("threshold", "break_even", "always"):
+        return None
+    step = min(t.step_s for t in traces.values())
+
+    def mean(site: str, t: float, n: int) -> np.ndarray:
+        """(n,) of the steps from run time t on: the trace's mean, at its edges its first and last value."""
+        trace, edges = traces[site], start + t + step * np.arange(n + 1.0)
+        inside = np.clip(edges, trace.begin, trace.end)
+        area = np.diff(trace._primitive(inside, trace._cumulative))
+        seconds = np.diff(inside)
+        ends = np.where(edges[:-1] < trace.begin, trace.values[0], trace.values[-1])
+        mci = np.where(seconds > 0, area / np.maximum(seconds, 1e-9), ends)
+        return objective.values(site, t + step * np.arange(n), mci)
+
+    forecast = Forecast("truth" if p.name == "oracle" else p.forecast, step, p.forecast_decay_s, p.forecast_days, mean)
+    for site, trace in traces.items():
+        before = int(min(8 * 86400, start - trace.begin) // step)
+        if before > 0:
+            forecast.remember(site, mean(site, -before * step, before))
+    return forecast
 
 
 class Samples:
