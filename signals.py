@@ -317,21 +317,27 @@ class Csv:
                 tail = file.read(TAIL_BYTES)
         except OSError as error:
             raise Unread(f"{self.path}: {error.strerror}") from None
-        header, *_ = [*csv.reader([head.decode("utf-8-sig", "replace")]), []]
-        if not head.endswith(b"\n") or self.region not in header[1:]:
-            raise Unread(f"{self.path}: no column {self.region!r}; it has {', '.join(header[1:])!s:.80}")
-        lines = tail[: tail.rfind(b"\n") + 1].decode("utf-8", "replace").splitlines()
-        lines, index, now = lines[begin > len(head) :], header.index(self.region), time.time()  # the first may be half a line
-        for row in csv.reader(reversed(lines)):
-            if not row:
-                continue
+        if not head.endswith(b"\n"):
+            raise Unread(f"{self.path}: no header yet")
+        lines = tail[: tail.rfind(b"\n") + 1].split(b"\n")[begin > len(head) : -1]  # of a tail the first may be half a line
+        try:
+            header = next(csv.reader([head.decode("utf-8-sig", "replace")]), [])
+            if self.region not in header[1:]:
+                raise Unread(f"{self.path}: no column {self.region!r}; it has {', '.join(header[1:]):.80}")
+            return self.newest(csv.reader(line.decode("utf-8", "replace") for line in reversed(lines)), header.index(self.region))
+        except csv.Error as error:
+            raise Unread(f"{self.path}: {error}") from None
+
+    def newest(self, rows, column: int) -> Reading:
+        """Of rows from last to first."""
+        now = time.time()
+        for row in filter(None, rows):
             if (unix := moment(row[0], self.tz)) <= now:
-                cell = row[index].strip() if index < len(row) else ""
+                cell = row[column].strip() if column < len(row) else ""
                 try:
-                    value = float(cell)
+                    return Reading(intensity(float(cell), self.unit), unix, self.unit)
                 except ValueError:
-                    raise Unread(f"{self.path}: {self.region} at {row[0]} is {cell!r:.40}, not a number") from None
-                return Reading(intensity(value, self.unit), unix, self.unit)
+                    raise Unread(f"{self.path}: {self.region} at {row[0]:.40} is {cell!r:.40}, not a number") from None
         raise Unread(f"{self.path}: no row up to now")
 
 
@@ -399,8 +405,11 @@ class Live:
         changes = {name: zip(*(x.tolist() for x in self.heard.changes(name, end_s))) for name in cfg.sites}
         self._past = sorted((t, name, value, last.get(name)) for name in cfg.sites for t, value in changes[name])
         self._past.reverse()
+        self.asking = False
 
     def start(self) -> None:
+        """Begin to ask. Only from now on can a reading be too old: after a break the first answer comes before its stop."""
+        self.asking = True
         for poller in self.pollers:
             poller.start()
 
@@ -410,7 +419,9 @@ class Live:
 
     def next_time(self) -> float:
         """When the next thing is due, if no reading comes before."""
-        return self._past[-1][0] if self._past else min(site.until_s for site in self.sites.values())
+        if self._past or not self.asking:
+            return self._past[-1][0] if self._past else math.inf
+        return min(site.until_s for site in self.sites.values())
 
     def due(self, t: float) -> list[tuple[str, float | None, tuple | None]]:
         """(site, gCO2/kWh or None, forecast issued with it or None) of all that has changed up to t. A forecast: (n,) seconds since
@@ -418,7 +429,7 @@ class Live:
         out = []
         while self._past and self._past[-1][0] <= t:
             out.append(self._again(*self._past.pop()))
-        if self._past:
+        if self._past or not self.asking:
             return out
         while not self._inbox.empty():
             site, said = self._inbox.get()
