@@ -44,6 +44,7 @@ class Trace:
     step_s: int  # nominal step: the median difference; how long the last sample holds
     interpolation: str = "hold"
     source: str = ""
+    known: np.ndarray | None = None  # (n,) bool, of a live signal: False where nobody knows and `values` is what is charged
 
     def _prefix(self) -> np.ndarray:
         """(n + 1,) integral of intensity from the first sample to each edge, gCO2/kWh x s."""
@@ -230,9 +231,14 @@ def read_trace(
     return Trace(column, starts, values, step, interpolation, path)
 
 
-def load_traces(cfg) -> dict[str, Trace]:
-    """Every region a run needs (sites and baselines), checked to cover `clock.start`."""
+def load_traces(cfg, folder: Path | None = None, until_s: float = 0.0) -> dict[str, Trace]:
+    """Every region a run needs (sites and baselines), checked to cover `clock.start`. Of a run with live signals: what was heard,
+    from signals.csv in its folder, up to until_s seconds after its start."""
     c = cfg.carbon
+    if config.is_live(cfg):
+        if folder is None:
+            raise BadInput(f"signals.source={cfg.signals.source} has no trace ahead of time; only a run that was made has, in its folder")
+        return Heard(cfg.sites, read_signals(folder / "signals.csv")).traces(cfg, until_s, str(folder / "signals.csv"))
     start = config.start_unix(cfg)
     regions = dict.fromkeys([site.region for site in cfg.sites.values()] + list(c.baseline_regions))
     header, rows = read_table(c.trace)
@@ -262,11 +268,110 @@ def load_traces(cfg) -> dict[str, Trace]:
     return traces
 
 
-def provenance(cfg) -> dict:
+def provenance(cfg, traces: dict[str, Trace]) -> dict:
     c = cfg.carbon
+    if config.is_live(cfg):
+        path, s = Path(next(iter(traces.values())).source), cfg.signals
+        unknown_s = {
+            n: float(np.diff(t.starts, append=t.end)[~t.known].sum()) for n, t in ((n, traces[x.region]) for n, x in cfg.sites.items())
+        }
+        return {"signals": s.source, "readings": str(path), "readings_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "unit": s.unit, "signal": config.signal_kind(cfg), "interpolation": "hold", "unknown_s": unknown_s,
+                "unknown_charged": UNKNOWN, "columns": {n: x.region for n, x in cfg.sites.items()}}  # fmt: skip
     digest = hashlib.sha256(Path(c.trace).read_bytes()).hexdigest()
     return {"trace": c.trace, "trace_sha256": digest, "unit": c.unit, "signal": c.signal, "tz": c.tz, "stamp": c.stamp,
             "interpolation": c.interpolation, "columns": {n: s.region for n, s in cfg.sites.items()}}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What live signals said
+
+
+@dataclass(frozen=True)
+class Signal:
+    """From t_s on, whole seconds since clock.start, a site's intensity counts as g_per_kwh (None: unknown), until the next one
+    or until_s, whichever is first: then it is too old."""
+
+    t_s: int
+    site: str
+    g_per_kwh: float | None
+    until_s: float = math.inf
+    age_s: float = 0.0  # at t_s, by the source's own time
+    time: str = ""  # that time, UTC
+    unit: str = ""  # as the source has it; g_per_kwh is converted
+    source: str = ""
+
+
+SIGNALS = "t_s,site,g_per_kwh,until_s,age_s,time,unit,source"
+UNKNOWN = ("where nobody knew: the highest intensity heard there, but no less than carbon.curtailed_below_g_per_kwh, so that it is never "
+           f"cheap nor counts as curtailed; {MAX_G_PER_KWH:g} g/kWh where none was heard at all")  # fmt: skip
+
+
+def signal_line(s: Signal) -> str:
+    value = "" if s.g_per_kwh is None else repr(s.g_per_kwh)
+    return f"{s.t_s},{s.site},{value},{s.until_s!r},{s.age_s!r},{s.time},{s.unit},{s.source}"
+
+
+def read_signals(path: Path) -> list[Signal]:
+    """Rows of a signals.csv, in the order of the file; a last line torn by a crash is left out."""
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; a run with live signals leaves it beside its intervals.csv")
+    text = path.read_text()
+    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [SIGNALS]
+    if header != SIGNALS:
+        raise BadInput(f"{path}: header is {header}; expected {SIGNALS}")
+    out: list[Signal] = []
+    for i, line in enumerate(lines):
+        try:
+            t_s, site, value, until_s, age_s, time, unit, source = line.split(",")
+            s = Signal(int(t_s), site, float(value) if value else None, float(until_s), float(age_s), time, unit, source)
+            if s.t_s < 0 or not (s.g_per_kwh is None or 0 <= s.g_per_kwh <= MAX_G_PER_KWH) or math.isnan(s.until_s):
+                raise ValueError
+        except ValueError:
+            raise BadInput(f"{path} row {i + 2}: {line!r} is not {SIGNALS}; mend the row or take it out") from None
+        out.append(s)
+    return out
+
+
+class Heard:
+    """All that live signals have said, per site, as columns: a week of polls each 10 seconds is 60,000 rows."""
+
+    def __init__(self, sites, signals: list[Signal] = ()):
+        self._columns = {site: tuple(array("d") for _ in range(3)) for site in sites}
+        for s in signals:
+            self.add(s)
+
+    def add(self, s: Signal) -> None:
+        if s.site in self._columns:
+            value = math.nan if s.g_per_kwh is None else s.g_per_kwh
+            for column, x in zip(self._columns[s.site], (s.t_s, value, s.until_s)):
+                column.append(x)
+
+    def changes(self, site: str, until_s: float) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) seconds since clock.start, from 0 on and below until_s; (n,) gCO2/kWh from then on, nan: unknown. A reading holds from
+        when it was heard, not from its own time, so that nothing changes afterwards."""
+        t, values, until = (np.array(column) for column in self._columns[site])
+        over = np.ceil(until)
+        late = ~np.isnan(values) & (over < np.append(t[1:], until_s))
+        t, values = np.concatenate(([0.0], t, over[late])), np.concatenate(([np.nan], values, np.full(late.sum(), np.nan)))
+        by_time = np.argsort(t, kind="stable")  # of one second the last word counts
+        t, values = t[by_time], values[by_time]
+        last = np.append(t[1:] != t[:-1], True) & (t < until_s)
+        return t[last], values[last]
+
+    def traces(self, cfg, until_s: float, source: str) -> dict[str, Trace]:
+        """region -> Trace from clock.start to the second after until_s. Unknown is charged as UNKNOWN says."""
+        start, end, traces = config.start_unix(cfg), int(until_s) + 1, {}
+        for name, spec in cfg.sites.items():
+            if spec.region in traces:
+                continue  # config allows it only where both ask the same
+            t, values = self.changes(name, end)
+            known = ~np.isnan(values)
+            charged = max(values[known].max(), cfg.carbon.curtailed_below_g_per_kwh) if known.any() else MAX_G_PER_KWH
+            starts = start + t.astype(np.int64)
+            traces[spec.region] = Trace(spec.region, starts, np.where(known, values, charged), int(start + end - starts[-1]),
+                                        source=source, known=known)  # fmt: skip
+        return traces
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -635,9 +740,11 @@ def account_command(argv: list[str]) -> int:
         raise BadInput("--rule paper knows no measured energy; leave out --energy, or take --rule exact")
     if len(argv) < 2:
         raise BadInput("account needs INTERVALS.csv and CONFIG")
-    rows, cfg = read_intervals(argv[0]), config.load(argv[1:])
+    rows, cfg, folder = read_intervals(argv[0]), config.load(argv[1:]), Path(argv[0]).parent
     readings = [] if energy is None else read_readings(energy)
-    traces = load_traces(cfg)
+    if cfg.clock.start == "now" and (folder / "config.yaml").is_file():
+        cfg = config.begun(cfg, config.OmegaConf.load(folder / "config.yaml").clock.start)
+    traces = load_traces(cfg, folder, max((row.end_s for row in rows), default=0.0))
     used = [row for row in rows if row.site in cfg.sites]
     if not used:
         raise BadInput(f"{argv[0]}: no row of a site of {argv[1]} ({', '.join(cfg.sites)})")
@@ -650,7 +757,7 @@ def account_command(argv: list[str]) -> int:
             one = config.OmegaConf.create({"clock": cfg.clock, "carbon": cfg.carbon, "sites": {"centralized": {**spec, "region": region}}})
             one_result = (account if rule == "exact" else account_paper)(central, one, traces)
             result["baselines"][region] = one_result["emissions_kg"]
-    result["provenance"] = provenance(cfg) | {"rule": rule, "energy": MEASURED if result.get("measured_share") else MODELLED}
+    result["provenance"] = provenance(cfg, traces) | {"rule": rule, "energy": MEASURED if result.get("measured_share") else MODELLED}
     if as_json:
         print(json.dumps(result))
         return 0

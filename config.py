@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -41,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 @dataclass
 class Clock:
     mode: str = "virtual"  # virtual: trace-driven and deterministic | wall: real seconds
-    start: str = "2026-01-11T17:00:00Z"  # first moment of the run, UTC; `now` needs live signals
+    start: str = "2026-01-11T17:00:00Z"  # first moment of the run, UTC | now: when the run begins; live signals ask for it
     max_hours: float | None = None  # end (resumable) after this much trace time; null: where the trace ends
 
 
@@ -168,8 +169,25 @@ class Carbon:
 
 
 @dataclass
+class Signals:
+    source: str = "trace"  # trace: carbon.trace is replayed | live, on the wall clock: vessim | watttime | electricitymaps | csv | json
+    url: str | None = None  # of the API, csv: the file that grows; `{region}` stands for a site's region; null: where such APIs are
+    path: str | None = None  # where in a JSON answer the value is, e.g. data.0.value; null: grid_signals.mci, for vessim
+    time_path: str | None = None  # json: where its time is, ISO 8601 or Unix seconds; null: it counts from when it was read
+    unit_path: str | None = None  # json: where its unit is; null: `unit`
+    unit: str = "g/kWh"  # of values that come without one: g/kWh | kg/kWh | kg/MWh | lb/MWh
+    header_env: str | None = None  # json: an environment variable that holds a secret, sent as
+    header: str = "Authorization"  # this header
+    poll_s: float | None = None  # a site is asked this often; null: as often as such a source has news (LIVE)
+    max_age_s: float | None = None  # an older reading is unknown; null: LIVE
+    timeout_s: float = 10.0  # of one request, all of it
+    retry_s: float = 5.0  # first pause after a failure, doubled after each further one up to poll_s
+
+
+@dataclass
 class Site:
     region: str = MISSING
+    signal_url: str | None = None  # live signals: instead of signals.url
     tokens_per_s: float = MISSING  # training rate: fixes the virtual clock, first guess on the wall clock
     idle_kw: float = MISSING  # drawn in every state but off and training
     train_kw: float = MISSING
@@ -225,6 +243,7 @@ class Config:
     sync: Sync = field(default_factory=Sync)
     policy: Policy = field(default_factory=Policy)
     carbon: Carbon = field(default_factory=Carbon)
+    signals: Signals = field(default_factory=Signals)
     sites: dict[str, Site] = field(default_factory=dict)
     provision: Provision = field(default_factory=Provision)
     eval: Eval = field(default_factory=Eval)
@@ -249,6 +268,8 @@ CHOICES = {
     "policy.forecast": ("persistence", "yesterday", "issued", "truth"),
     "carbon.unit": ("g/kWh", "kg/kWh", "kg/MWh", "lb/MWh"),
     "carbon.stamp": ("start", "end"),
+    "signals.source": ("trace", "vessim", "watttime", "electricitymaps", "csv", "json"),
+    "signals.unit": ("g/kWh", "kg/kWh", "kg/MWh", "lb/MWh"),
     "carbon.interpolation": ("hold", "linear"),
     "provision.mode": ("resident",),
     "wandb.mode": ("offline", "online", "disabled"),
@@ -256,8 +277,8 @@ CHOICES = {
 POSITIVE = (
     "budget.tokens", "model.depth", "model.seq_len", "data.tokens_per_step", "rounds.train_s", "rounds.grace_s",
     "rounds.max_offline_s", "rounds.rejoin_wait_s", "rounds.outer_lr", "sync.chunk_mb", "sync.heartbeat_s",
-    "carbon.max_gap_s", "carbon.pue", "log.every_steps", "data.tokenizer_chars", "policy.forecast_days", "policy.horizon_h",
-    "policy.percentile_hours",
+    "carbon.max_gap_s", "carbon.pue", "signals.timeout_s", "signals.retry_s", "log.every_steps", "data.tokenizer_chars",
+    "policy.forecast_days", "policy.horizon_h", "policy.percentile_hours",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "data.val_tokens", "rounds.sync_s", "rounds.outer_momentum", "sync.port",
@@ -266,6 +287,15 @@ NOT_NEGATIVE = (
     "eval.every_rounds", "eval.tokens", "optim.warmup", "optim.warmdown",
 )  # fmt: skip
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Live sources: default poll_s, max_age_s, url, and what kind of intensity it is (None: as carbon.signal says). WattTime issues a
+# forecast every 5 minutes; an hour of Electricity Maps is stamped with its start and may be an estimate that is a while late.
+LIVE = {
+    "vessim": (10.0, 900.0, "http://127.0.0.1:8700", None),
+    "watttime": (120.0, 900.0, "https://api.watttime.org", "marginal"),
+    "electricitymaps": (300.0, 7200.0, "https://api.electricitymaps.com", "average"),
+    "csv": (5.0, 900.0, None, None),
+    "json": (60.0, 900.0, None, None),
+}
 
 
 def load(argv: list[str]) -> Config:
@@ -323,7 +353,8 @@ def _check(cfg: Config) -> None:
         if not math.isfinite(value):
             raise BadInput(f"{key}={value} must be a finite number")
     for key in ("clock.max_hours", "rounds.commit_every_s", "rounds.max_steps", "sync.chunk_s", "sync.attempt_s", "sync.link_gbit",
-                "policy.max_sites", "policy.deadline_h", "policy.cap_g_per_kwh", "model.width", "model.heads", "model.kv_heads", "model.vocab", "data.shards", "data.workers"):  # fmt: skip
+                "policy.max_sites", "policy.deadline_h", "policy.cap_g_per_kwh", "model.width", "model.heads", "model.kv_heads",
+                "model.vocab", "data.shards", "data.workers", "signals.poll_s", "signals.max_age_s"):  # fmt: skip
         value = OmegaConf.select(cfg, key)
         if value is not None and value <= 0:
             raise BadInput(f"{key}={value} must be > 0, or null")
@@ -382,7 +413,69 @@ def _check(cfg: Config) -> None:
             raise BadInput(f"sync.topology=ring over host {cfg.sync.host}, interface {cfg.sync.interface}: gloo has no "
                            "authentication; set sync.trusted_network=true on a private network or tunnel, "
                            "or sync.topology=star")  # fmt: skip
-    start_unix(cfg)
+    if is_live(cfg):
+        _check_live(cfg)
+    elif cfg.clock.start == "now":
+        raise BadInput("clock.start=now needs live signals; set signals.source, or give a UTC time in the trace")
+    if cfg.clock.start != "now":
+        start_unix(cfg)
+
+
+def _check_live(cfg: Config) -> None:
+    s = cfg.signals
+    if cfg.clock.mode != "wall":
+        raise BadInput(f"signals.source={s.source} reads the present, which virtual clock and simulator cannot; set clock.mode=wall, "
+                       "or signals.source=trace")  # fmt: skip
+    if poll_s(cfg) > max_age_s(cfg):
+        raise BadInput(f"signals.max_age_s={max_age_s(cfg):g} must be >= signals.poll_s={poll_s(cfg):g}, or each reading is unknown "
+                       "before the next")  # fmt: skip
+    if s.source == "json" and not s.path:
+        raise BadInput("signals.path: none given; say where in the answer the value is, e.g. data.0.value")
+    urls: dict[str, str] = {}
+    for name, site in cfg.sites.items():
+        url = signal_url(cfg, name)
+        if not url:
+            raise BadInput(f"signals.url: none given for site {name}; signals.source={s.source} needs one")
+        if s.source != "csv" and not url.startswith(("http://", "https://")):
+            raise BadInput(f"signals.url={url} must begin with http:// or https://")
+        secret = s.source in ("watttime", "electricitymaps") or s.header_env
+        if secret and url.startswith("http://") and urlsplit(url).hostname not in LOOPBACK:
+            raise BadInput(f"signals.url={url} would carry secrets that everyone on the way can read; write https://")
+        if "@" in url.split("//")[-1].split("/")[0]:
+            raise BadInput(f"signals.url of site {name} holds a password; secrets come from the environment, see signals.header_env")
+        if urls.setdefault(site.region, url) != url:
+            raise BadInput(f"sites.{name}.signal_url={url}: region {site.region} is asked for at {urls[site.region]} already; one region, "
+                           "one place")  # fmt: skip
+    if missing := [r for r in cfg.carbon.baseline_regions if r not in urls]:
+        raise BadInput(f"carbon.baseline_regions={missing[0]}: no site reads it live; leave it out, or name one of {', '.join(urls)}")
+
+
+def is_live(cfg: Config) -> bool:
+    return cfg.signals.source != "trace"
+
+
+def poll_s(cfg: Config) -> float:
+    return cfg.signals.poll_s or LIVE[cfg.signals.source][0]
+
+
+def max_age_s(cfg: Config) -> float:
+    return cfg.signals.max_age_s or LIVE[cfg.signals.source][1]
+
+
+def signal_url(cfg: Config, site: str) -> str | None:
+    return cfg.sites[site].signal_url or cfg.signals.url or LIVE[cfg.signals.source][2]
+
+
+def signal_kind(cfg: Config) -> str:
+    """marginal | average | what carbon.signal says."""
+    return (LIVE[cfg.signals.source][3] if is_live(cfg) else None) or cfg.carbon.signal
+
+
+def begun(cfg: Config, start: str) -> Config:
+    """The config of a run that has begun: `now` replaced by when that was."""
+    cfg = OmegaConf.merge(cfg, {"clock": {"start": start}})
+    OmegaConf.set_readonly(cfg, True)
+    return cfg
 
 
 def _numbers(value: Any, key: str = ""):
@@ -398,9 +491,9 @@ def _numbers(value: Any, key: str = ""):
 
 
 def start_unix(cfg: Config) -> int:
-    """`clock.start` in whole UTC seconds. `now` is refused until live signals exist."""
+    """`clock.start` in whole UTC seconds; `begun` replaces `now`."""
     if cfg.clock.start == "now":
-        raise BadInput("clock.start=now needs live signals, which this version cannot read; give a UTC time in the trace")
+        raise BadInput("clock.start=now: the run has not begun; take the config in its folder, runs/RUN/config.yaml")
     try:
         moment = datetime.fromisoformat(cfg.clock.start)
     except ValueError:
@@ -448,13 +541,17 @@ def train_digest(cfg: Config) -> str:
 def schedule_digest(cfg: Config) -> str:
     """Digest of what decides when sites train and what it costs; a resumed run must match it too."""
     c = plain(cfg)
-    machine = ("device", "device_batch", "ranks", "parallel", "checkpointing", "energy", "peak_tflops", "threads_local",
+    machine = ("signal_url", "device", "device_batch", "ranks", "parallel", "checkpointing", "energy", "peak_tflops", "threads_local",
                "threads_federated")  # fmt: skip
     sites = {n: {k: v for k, v in s.items() if k not in machine} for n, s in c["sites"].items()}
     clock = dict(c["clock"])
     if clock["mode"] == "wall":  # a run that ended at its limit may go on under a later one
         del clock["max_hours"]
-    return _digest({k: c[k] for k in ("policy", "carbon")} | {"clock": clock, "sites": sites})
+    parts = {k: c[k] for k in ("policy", "carbon")} | {"clock": clock, "sites": sites}
+    if c.get("signals", {}).get("source", "trace") != "trace":  # a live run starts when it starts, and may be asked elsewhere
+        del clock["start"]
+        parts["signals"] = {k: c["signals"][k] for k in ("source", "path", "time_path", "unit_path", "unit", "max_age_s")}
+    return _digest(parts)
 
 
 @cache

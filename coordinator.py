@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 import carbon
 import config
 import report
+import signals
 import simulate
 import sync
 import timeouts
@@ -44,7 +45,7 @@ from model import GPT, Shape, num_params, shape_of
 from rounds import Action, Run
 from vault import Vault
 
-RUN_FILES = ("*.jsonl", "intervals.csv", "energy.csv", "summary.json", "config.yaml", "address")
+RUN_FILES = ("*.jsonl", "intervals.csv", "energy.csv", "signals.csv", "summary.json", "config.yaml", "address")
 INTERVALS_EVERY_S = 5.0
 READINGS_EVERY_S = 1.0
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
@@ -59,7 +60,8 @@ class Coordinator:
     def __init__(self, cfg):
         self.cfg, self.dir = cfg, config.run_dir(cfg)
         self.virtual = cfg.clock.mode == "virtual"
-        self.traces, self.corpus = carbon.load_traces(cfg), Corpus(cfg)
+        self.trace, sources = (None, signals.sources(cfg)) if config.is_live(cfg) else (carbon.load_traces(cfg), None)
+        self.corpus = Corpus(cfg)
         try:
             shape = shape_of(cfg.model, self.corpus.vocab)
         except ValueError as error:
@@ -72,7 +74,8 @@ class Coordinator:
         at_start = self._open_folder()
         self.journal = Journal(self.dir / "journal.jsonl")
         self.vault = Vault(cfg, self.dir / "state", self._has_written)
-        self.run, self.samples = simulate.new_run(cfg, self.traces)
+        cfg, self.live = self.cfg, self._open_signals(sources)
+        self.run, self.samples = simulate.new_run(cfg, self.trace, self.live)
         self.incarnations: dict[str, str] = {}  # of each site's last process
         self.energy = report.Lines(self.dir / "energy.csv", carbon.READINGS)
         self.readings = carbon.readings_of(self.dir)  # what the sites' meters said
@@ -123,8 +126,28 @@ class Coordinator:
                                f"fresh=true, or the config in {self.dir}/config.yaml")  # fmt: skip
         if records and records[-1]["type"] == "end" and records[-1]["reason"] == "budget":
             raise BadInput(f"{self.dir} is finished; take run=NEW or fresh=true")
+        if config.is_live(self.cfg):  # now is when the run began
+            if not records and self.cfg.clock.start != "now":
+                raise BadInput(
+                    f"clock.start={self.cfg.clock.start}: signals.source={self.cfg.signals.source} reads the present; set clock.start=now"
+                )
+            began = int(records[0]["wall"]["epoch_unix"]) if records else int(time.time())
+            self.cfg = config.begun(self.cfg, carbon.iso(began).replace(" ", "T"))
         OmegaConf.save(OmegaConf.merge(self.cfg, {"fresh": False, "site": None}), self.dir / "config.yaml")
         return not records
+
+    def _open_signals(self, sources: dict | None) -> signals.Live | None:
+        """Live signals: what to ask, what earlier processes of the run have heard, and where new readings are written."""
+        if sources is None:
+            return None
+        path = self.dir / "signals.csv"
+        write = report.Lines(path, carbon.SIGNALS).write
+        return signals.Live(self.cfg, sources, carbon.read_signals(path) if path.exists() else [], write)
+
+    @property
+    def traces(self) -> dict[str, carbon.Trace]:
+        """region -> its intensity; of live signals, what was heard up to now."""
+        return self.live.traces(max(self.t, self.journal.records[-1]["t_s"])) if self.live else self.trace
 
     def _listen(self) -> Hub:
         c, keys, names, file = self.cfg.sync, self.dir / "keys", list(self.cfg.sites), self.dir / "address"
@@ -149,7 +172,7 @@ class Coordinator:
     def _genesis(self, shape: Shape) -> None:
         """theta_0 and its digest, in the journal before anyone sees it."""
         self.vault.genesis(shape, uuid.uuid4().hex[:12])
-        self.epoch = time.time()
+        self.epoch = float(config.start_unix(self.cfg)) if self.live else time.time()
         self.journal.add([{
             "t_s": 0.0, "type": "genesis", "digest": self.vault.digests[0][0], "config_digest": config.train_digest(self.cfg),
             "schedule_digest": config.schedule_digest(self.cfg), "corpus_digest": self.corpus.digest,
@@ -190,9 +213,11 @@ class Coordinator:
         run.schedule.resume()
         self.unheard = {name for name, site in run.schedule.sites.items() if site.state != "off"}
 
-    def _predict(self) -> float:
-        """When the schedule should end by configured rates: for the ETA."""
-        ahead, samples = simulate.new_run(self.cfg, self.traces)
+    def _predict(self) -> float | None:
+        """When the schedule should end by configured rates: for the ETA. Nobody knows with live signals."""
+        if self.live:
+            return None
+        ahead, samples = simulate.new_run(self.cfg, self.trace)
         ahead.facts, ahead.schedule.timed = replace(ahead.facts, timed=True), True
         simulate.drive(ahead, samples)
         return max((r.end_s for r in ahead.meter.closed(ahead.facts.end_s) if r.state != "off"), default=0.0)
@@ -339,12 +364,16 @@ class Coordinator:
         offset = max(time.time() - self.epoch, self.journal.records[-1]["t_s"])
         heard_by, written = started + self.cfg.sync.dead_s, started
         self.now = lambda: offset + time.monotonic() - started
+        if self.live:
+            self.live.start()
         while not run.ended:
             self.t = self.now()
             for site, mci, ahead in self.samples.due(self.t):
                 run.observe(self.t, site, mci, ahead)
                 if mci is not None:
                     self.hub.send(site, {"type": "signal", "t_s": self.t, "mci": mci})
+            if self.live:
+                self._record([{"t_s": round(self.t, 6)} | news for news in self.live.news()])
             for name, site in run.schedule.sites.items():
                 if site.state == "provisioning" and self.hub.connected(name):
                     run.provisioned(self.t, name)
@@ -696,6 +725,8 @@ class Coordinator:
 
     def close(self) -> int:
         """Everything on disk, the sockets closed; returns the exit code."""
+        if self.live:
+            self.live.close()
         self.journal.flush()
         if not self.replay:
             carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.journal.records[-1]["t_s"]))
@@ -716,6 +747,7 @@ def run_command(argv: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     c = Coordinator(cfg)
+    cfg = c.cfg
     try:
         print(report.opening(cfg, c.traces, c.vault.numel, c.hub.address, c.predicted_end_s, c.timeouts), flush=True)
         (c.run_virtual if c.virtual else c.run_wall)()

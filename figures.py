@@ -44,9 +44,10 @@ def load(run_dir: Path) -> dict:
         if not (run_dir / name).is_file():
             raise BadInput(f"{run_dir}/{name} does not exist; is {run_dir} the folder of a run that has started?")
     cfg = OmegaConf.merge(OmegaConf.structured(config.Config), OmegaConf.load(run_dir / "config.yaml"))
+    rows = carbon.read_intervals(str(run_dir / "intervals.csv"))
     run = {
-        "dir": run_dir, "cfg": cfg, "traces": carbon.load_traces(cfg), "records": effective(read_journal(run_dir / "journal.jsonl")),
-        "rows": carbon.read_intervals(str(run_dir / "intervals.csv")), "steps": report.load_steps(run_dir, cfg.sites),
+        "dir": run_dir, "cfg": cfg, "traces": carbon.load_traces(cfg, run_dir, max((r.end_s for r in rows), default=0.0)),
+        "records": effective(read_journal(run_dir / "journal.jsonl")), "rows": rows, "steps": report.load_steps(run_dir, cfg.sites),
         "readings": carbon.readings_of(run_dir),
     }  # fmt: skip
     tally = report.Tally(cfg.sites)
@@ -98,9 +99,10 @@ def timeline(run: dict):
     for name in sites:
         trace = run["traces"][cfg.sites[name].region]
         inside = (trace.starts >= start) & (trace.starts <= start + end_s)
-        when = [moment(t) for t in trace.starts[inside]]
+        when, values = [moment(t) for t in trace.starts[inside]], trace.values[inside]
+        values = values if trace.known is None else np.where(trace.known[inside], values, np.nan)
         color, line = style[name]
-        top.step(when, trace.values[inside], where="post", color=color, ls=line, lw=1.5, label=f"{name} ({trace.region})")
+        top.step(when, values, where="post", color=color, ls=line, lw=1.5, label=f"{name} ({trace.region})")
         highest = max(highest, float(trace.values[inside].max()))
     threshold = cfg.policy.on_below_g_per_kwh
     if cfg.policy.name == "threshold":

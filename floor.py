@@ -134,8 +134,8 @@ def share_out(curves: list[np.ndarray], need: int) -> list[int] | None:
 def programme(costs: np.ndarray, begins: np.ndarray, age: int, on: bool = False, gap: int = 1) -> tuple[np.ndarray, tuple]:
     """Least cost of training exactly k of n slots, k = 0..n, in windows of at least `age` slots, and the choices `trained` reads.
 
-    costs, begins (n,): of training in a slot, and of starting to at it. on: training when slot 0 begins, for long enough. gap: idle slots between
-    windows, at least.
+    costs, begins (n,): of training in a slot, and of starting to at it. on: training when slot 0 begins, for long enough.
+    gap: idle slots between windows, at least.
     A dynamic programme over (slots trained, age of the window).
     """
     n = len(costs)

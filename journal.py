@@ -11,6 +11,8 @@ Also here: reading a journal back (`effective` leaves out what a resume took bac
 import contextlib
 import json
 import os
+import signal
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -56,21 +58,39 @@ class Journal:
         numbered = [{"n": len(self.records) + i} | record for i, record in enumerate(due)]
         data = "".join(json.dumps(record) + "\n" for record in numbered).encode()
         size = os.fstat(self._file.fileno()).st_size
-        try:
-            written = 0
-            while written < len(data):
-                written += self._file.write(data[written:])
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fileno(), size)
-            raise self._unwritable(error) from None
-        self._buffer = [r for r in self._buffer if r["t_s"] > upto_s]
-        self.records += numbered
+        with uninterrupted():  # or it is on disk and in the buffer, and is written twice
+            try:
+                written = 0
+                while written < len(data):
+                    written += self._file.write(data[written:])
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file.fileno(), size)
+                raise self._unwritable(error) from None
+            self._buffer = [r for r in self._buffer if r["t_s"] > upto_s]
+            self.records += numbered
         return due
 
     def close(self) -> None:
         self._file.close()
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C and SIGTERM wait until this is over: their handlers may raise between any two lines."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def mend(path: Path) -> None:

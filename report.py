@@ -31,22 +31,26 @@ def clock(cfg, t_s: float) -> str:
     return carbon.iso(config.start_unix(cfg) + t_s)[11:16]
 
 
-def opening(cfg, traces, num_params: int, address: str, predicted_end_s: float, timeouts) -> str:
+def opening(cfg, traces, num_params: int, address: str, predicted_end_s: float | None, timeouts) -> str:
     """A dozen lines: what will be trained, where, when, and where it is written."""
-    start = config.start_unix(cfg)
+    start, end_s = config.start_unix(cfg), predicted_end_s
+    live = "" if end_s is not None else (
+        f"{cfg.signals.source}, {config.signal_kind(cfg)} intensity, asked every {config.poll_s(cfg):g} s, unknown when "
+        f"{config.max_age_s(cfg):g} s old"
+    )  # fmt: skip
     lines = [
         f"run {cfg.run}: {num_params:,} parameters, {config.num_batches(cfg):,} steps of {cfg.data.tokens_per_step:,} tokens "
         f"from {cfg.data.source} ({cfg.data.tokenizer})",
-        f"  clock    {cfg.clock.mode}, from {carbon.iso(start)}; the schedule should end {carbon.iso(start + predicted_end_s)}, "
-        f"after {predicted_end_s / 3600:.1f} h",
+        f"  clock    {cfg.clock.mode}, from {carbon.iso(start)}; "
+        + (f"signals {live}" if live else f"the schedule should end {carbon.iso(start + end_s)}, after {end_s / 3600:.1f} h"),
         f"  policy   {cfg.policy.name}: on below {cfg.policy.on_below_g_per_kwh:g}, off above {cfg.policy.off_above_g_per_kwh:g} "
         f"gCO2/kWh for {cfg.policy.off_delay_s:g} s",
         f"  outer    {cfg.rounds.outer} lr {cfg.rounds.outer_lr:g} momentum {cfg.rounds.outer_momentum:g}; rounds of "
         f"{cfg.rounds.train_s:g} s + {cfg.rounds.sync_s:g} s sync; inner state {cfg.rounds.inner_state}; {cfg.sync.topology}",
     ]
     for name, site in cfg.sites.items():
-        windows = traces[site.region].below(cfg.policy.on_below_g_per_kwh, start, traces[site.region].end)
-        text = ", ".join(f"{carbon.iso(a)[11:16]}-{carbon.iso(b)[11:16]}" for a, b in windows[:4]) or "none"
+        windows = [] if live else traces[site.region].below(cfg.policy.on_below_g_per_kwh, start, traces[site.region].end)
+        text = ", ".join(f"{carbon.iso(a)[11:16]}-{carbon.iso(b)[11:16]}" for a, b in windows[:4]) or ("as they come" if live else "none")
         lines.append(f"  {name:15} {site.region:12} {site.tokens_per_s:g} tokens/s, {site.train_kw:g} kW; windows {text}")
     lines.append("  time-outs, each from the one above it")
     lines.append(timeouts.table())
@@ -75,6 +79,8 @@ def describe(record: dict, cfg, run) -> str | None:
         return f"{'validation':15} | {at} round {record['round']}: {measured}"
     if kind == "fault":
         return f"{record['site']:15} | {at} FAULT {record['kind']}: {record['action']}"
+    if kind == "signal":
+        return f"{record['site']:15} | {at} signal {record['state']}: {record['reason']}"
     if kind == "rollback":
         return f"{kind:15} | {at} to round {record['to_round']}: {record['tokens']:,} tokens are trained again"
     if kind in ("cancel", "end"):
@@ -82,18 +88,18 @@ def describe(record: dict, cfg, run) -> str | None:
     return None
 
 
-def step_line(cfg, site: str, p: dict, run, predicted_end_s: float) -> str:
+def step_line(cfg, site: str, p: dict, run, predicted_end_s: float | None) -> str:
     """One aligned line per logged step. ETA in two currencies: training time left, and the clock given the windows."""
     num_steps = config.num_batches(cfg)
     rate = sum(s.tokens_per_s for n, s in cfg.sites.items() if run.now and n in run.now.members) or cfg.sites[site].tokens_per_s
     train_h = (cfg.budget.tokens - min(p["step"] * cfg.data.tokens_per_step, cfg.budget.tokens)) / rate / 3600
-    wall_h = max(0.0, predicted_end_s - p["t_s"]) / 3600
+    wall = "   ?" if predicted_end_s is None else f"{max(0.0, predicted_end_s - p['t_s']) / 3600:4.1f}"
     mfu = f"  MFU {p['mfu']:4.1%}" if p.get("mfu") else ""
     mci = "   ?" if p["mci_g_per_kwh"] is None else f"{p['mci_g_per_kwh']:4.0f}"
     return (
         f"{site:15} | {clock(cfg, p['t_s'])} {p['mode']:9} MCI {mci}  round {p['round']:3d}  step {p['step']:5d}/{num_steps} "
         f"({100 * p['step'] / num_steps:4.1f} %)  loss {p['loss']:.3f}  tok/s {p['tok_per_s']:8,.0f}{mfu}  {p['energy_kwh']:6.2f} kWh  "
-        f"{1000 * p['emissions_kg']:6.0f} gCO2  eta {train_h:4.1f} h train / {wall_h:4.1f} h wall"
+        f"{1000 * p['emissions_kg']:6.0f} gCO2  eta {train_h:4.1f} h train / {wall} h wall"
     )
 
 
@@ -288,7 +294,7 @@ def summarize(
             "with_starts": floor.with_starts(cfg, traces, train_h, runtime_s),
         },
         "val_loss": measured["val_loss"], "val_bpb": measured["val_bpb"], "train_ppl_best": train_ppl_best(steps), "end": tally.end,
-        "provenance": carbon.provenance(cfg) | {
+        "provenance": carbon.provenance(cfg, traces) | {
             "rule": "exact", "energy": carbon.MEASURED if spent["measured_share"] else carbon.MODELLED,
             "span": [carbon.iso(config.start_unix(cfg) + t) for t in (0.0, runtime_s)],
             "config_digest": config.train_digest(plain), "schedule_digest": config.schedule_digest(plain), "versions": config.versions(),

@@ -952,7 +952,7 @@ class Run:
             if status["round"] >= 0:
                 self._actions.append(Action("cancel", None, {"round": status["round"], "members": [site], "reason": "void"}))
             self.current(t, site, held)
-        elif held >= 0:
+        elif held >= 0 and site not in [p["site"] for p in self.pending]:  # else: off since, but its round is still to come
             self.holds.pop(site, None)
             self._actions.append(Action("cancel", None, {"round": status["round"], "members": [site], "reason": "the run has moved on"}))
         if self.unstored and self.holds.get(site) == self.round and self.sender in (None, site):

@@ -25,8 +25,12 @@ from rounds import Action, Run, facts_of
 from scheduler import INFINITY, Objective, Schedule, Site, policy_of
 
 
-def new_run(cfg, traces: dict[str, Trace]) -> tuple[Run, "Samples"]:
-    """The machine of a run at its very start, and the samples that drive it. traces: region -> Trace."""
+def new_run(cfg, traces: dict[str, Trace], live=None) -> tuple[Run, "Samples"]:
+    """The machine of a run at its very start, and the samples that drive it. traces: region -> Trace; live: signals.Live instead."""
+    if live:
+        sites = {name: Site(s.provision_s, s.startup_s) for name, s in cfg.sites.items()}
+        policy = policy_of(cfg.policy, max(config.poll_s(cfg), cfg.signals.timeout_s))  # unknown for as long as the next answer may take
+        return Run(facts_of(cfg, 3600 * (cfg.clock.max_hours or 87_600.0)), Schedule(policy, sites, False), Meter(list(sites))), live
     start, timed = config.start_unix(cfg), cfg.clock.mode == "virtual"
     by_site = {name: traces[site.region] for name, site in cfg.sites.items()}
     end_s = min(float(min(t.end for t in by_site.values()) - start), (cfg.clock.max_hours or INFINITY) * 3600)

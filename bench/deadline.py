@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
             continue
         ratio, saved = (np.array([r["kg"] / r[k] for r in some]) for k in ("floor_kg", "always_kg"))
         low, mid, high = np.quantile(ratio, (0.05, 0.5, 0.95))
-        print(f"  {what:8} emissions / floor: median {mid:.3f} (5 % {low:.3f}, 95 % {high:.3f}); / always on: median {np.median(saved):.3f}; "
+        print(f"  {what:8} emissions / floor: median {mid:.3f} (5 % {low:.3f}, 95 % {high:.3f}); / always on: {np.median(saved):.3f}; "
               f"starts: median {np.median([r['starts'] for r in some]):.0f}")  # fmt: skip
     return 0
 

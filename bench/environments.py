@@ -16,7 +16,7 @@ REPO = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "flower": ("flwr==1.25.0", ("torch", "numpy", "omegaconf", "safetensors", "blake3", "tokenizers", "pyarrow")),
     "transformers": ("transformers==5.24.0", ("torch", "numpy", "omegaconf", "safetensors", "tokenizers", "pyarrow")),
-    "vessim": ("vessim==0.16.0", ()),
+    "vessim": ("vessim[live]==0.16.0", ()),
 }  # name -> (what for, which of our requirements beside it)
 
 
@@ -30,11 +30,12 @@ def make(name: str) -> Path:
     bin_ = folder(name) / "bin"
     with open(REPO / f".venv-{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder(name) / ".ready").exists():
+        ready, what = folder(name) / ".ready", " ".join((package, *ours))
+        if not ready.exists() or ready.read_text() != what:
             pins = [line for line in (REPO / "requirements.txt").read_text().split() if line.split("==")[0] in ours]
             venv.create(folder(name), with_pip=True, clear=True)  # or what an interrupted attempt left
             subprocess.run([bin_ / "python", "-m", "pip", "install", "--quiet", package, *pins], check=True, stdout=sys.stderr)
-            (folder(name) / ".ready").touch()
+            ready.write_text(what)
     return bin_
 
 

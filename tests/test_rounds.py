@@ -424,3 +424,29 @@ def all_is_well(world: World) -> None:
     assert world.run.code == 0 and world.run.ledger.num_committed == BUDGET, world.run.reason
     broken = [line for ok, line in check(world.journal, BUDGET) if not ok]
     assert not broken, broken
+
+
+def test_a_window_that_closed_while_the_coordinator_was_away_does_not_void_the_local_round_that_is_still_to_come():
+    run, _ = make_run({"s0": [CLEAN] * 9}, rates={"s0": 5.0}, timed=False, off_delay_s=0.0)
+    moves = [{"type": "site", "site": "s0", "from": a, "to": b, "t_s": 0.0} for a, b in (("off", "provisioning"), ("provisioning", "on"))]
+    opened = {
+        "type": "open",
+        "round": 0,
+        "mode": "local",
+        "members": ["s0"],
+        "t_s": 1.0,
+        "end_s": 9.0,
+        "leases": {"s0": [[0, 4]]},
+        "rates": {},
+    }
+    run.restore(20.0, [*moves, opened, {"type": "frozen", "round": 0, "site": "s0", "steps": 4, "t_s": 9.0}], 0)
+    run.observe(20.0, "s0", DIRTY)
+    run.schedule.resume()
+    run.advance(20.0)
+    assert run.schedule.sites["s0"].state == "off"
+    run.back(21.0, "s0", {"held": 1, "round": -1, "open_s": 0.0, "phase": "idle", "steps": 0, "finite": True, "attempt": 0, "vote": "",
+                          "unstored": {"0": 4}})  # fmt: skip
+    assert [a.kind for a in run.take()[1]] == ["resend"] and run.holds["s0"] == 1
+    run.store_done(22.0, 1, "theta", "m")
+    records, actions = run.take()
+    assert [r["type"] for r in records] == ["commit", "store"] and [a.kind for a in actions if a.site == "s0"] == ["drop"]

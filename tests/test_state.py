@@ -25,6 +25,26 @@ records = st.lists(st.fixed_dictionaries({"t_s": st.just(0.0), "type": st.text(m
                    min_size=1, max_size=8)  # fmt: skip
 
 
+def test_ctrl_c_in_the_middle_of_a_write_writes_nothing_twice(tmp_path, monkeypatch):
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    journal, fsync = Journal(tmp_path / "journal.jsonl"), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (signal.raise_signal(signal.SIGTERM), fsync(fd)))
+    before = signal.signal(signal.SIGTERM, interrupt)
+    journal.add([{"t_s": 0.0, "type": "a"}])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            journal.flush()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.undo()
+    journal.add([{"t_s": 1.0, "type": "b"}])
+    journal.flush()
+    assert [(r["n"], r["type"]) for r in read(journal.path)] == [(0, "a"), (1, "b")]
+    journal.close()
+
+
 @settings(max_examples=150, deadline=None)
 @given(records, st.data())
 def test_a_journal_torn_at_any_byte_keeps_its_whole_records_and_goes_on_contiguously(tmp_path_factory, some, data):
