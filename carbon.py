@@ -1,12 +1,12 @@
-"""Carbon: traces of intensity, the windows in them, and what a run drew and emitted. Pure numpy.
+"""Carbon: traces of intensity, the windows in them, and what a run drew, emitted and cost. Pure numpy.
 
     python carbon.py describe traces/paper_day.csv --threshold 100
     python carbon.py account runs/demo/intervals.csv configs/demo.yaml [--rule exact|paper] [--energy energy.csv] [--json]
 
 A trace holds each sample until the next one: half-open intervals [start, next start) with a constant value in
-gCO2/kWh, times in int64 UTC seconds. Energy is power x time, emissions are power x the exact integral of intensity,
-so splitting an interval never changes a total. Power is a state's idle_kw or train_kw, scaled to what the site's meters say
-where they were read (`drawn`). Knows nothing of torch, sockets or clocks.
+gCO2/kWh (a price trace: currency/MWh), times in int64 UTC seconds. Energy is power x time, emissions and cost are
+power x the exact integral of intensity and of price, so splitting an interval never changes a total. Power is a state's
+idle_kw or train_kw, scaled to what the site's meters say where they were read (`drawn`). Knows nothing of torch, sockets or clocks.
 """
 
 import csv
@@ -36,7 +36,8 @@ CODES = {state: i for i, state in enumerate(STATES)}
 
 @dataclass(frozen=True)
 class Trace:
-    """One region's intensity. `starts` (n,) int64 UTC seconds, `values` (n,) gCO2/kWh, valid on [starts[0], end)."""
+    """One region's intensity, or prices. `starts` (n,) int64 UTC seconds, `values` (n,) gCO2/kWh = kg/MWh (prices: currency/MWh,
+    which may be below 0), valid on [starts[0], end)."""
 
     region: str
     starts: np.ndarray
@@ -130,12 +131,12 @@ def iso(t: float) -> str:
 # Reading a trace
 
 
-def _parse_times(stamps: list[str], where: str, first_row: int, tz: str) -> np.ndarray:
+def _parse_times(stamps: list[str], where: str, first_row: int, tz: str, section: str = "carbon") -> np.ndarray:
     """ISO stamps -> int64 UTC seconds. Naive stamps are in zone `tz`."""
     try:
         zone = ZoneInfo(tz)
     except (ZoneInfoNotFoundError, ValueError):
-        raise BadInput(f"carbon.tz={tz!r} is not a known time zone; write e.g. UTC or America/Los_Angeles") from None
+        raise BadInput(f"{section}.tz={tz!r} is not a known time zone; write e.g. UTC or America/Los_Angeles") from None
     seconds, offset_seen = np.empty(len(stamps), np.int64), None
     for i, stamp in enumerate(stamps):
         row = f"{where} row {first_row + i}"
@@ -180,12 +181,13 @@ def read_table(path: str) -> tuple[list[str], list[list[str]]]:
 
 def read_trace(
     path: str, column: str | None = None, *, unit: str = "g/kWh", tz: str = "UTC", stamp: str = "start",
-    interpolation: str = "hold", max_gap_s: float = 900.0, table: tuple | None = None,
+    interpolation: str = "hold", max_gap_s: float = 900.0, table: tuple | None = None, section: str = "carbon",
 ) -> Trace:  # fmt: skip
     """One column of a CSV file as a Trace. First column is time; `column` None takes the only other one.
 
-    Variable steps are legal up to max_gap_s. Raises BadInput with file, row and remedy for anything that would make
-    the accounting guess: see the messages below. table: header, rows and times, where they have been read already.
+    unit: one of G_PER_KWH; or a price's, CURRENCY/MWh or CURRENCY/kWh, whose values are kept in currency/MWh. Variable steps are
+    legal up to max_gap_s. Raises BadInput with file, row and remedy for anything that would make the accounting guess: see the
+    messages below, which name `section` of the config. table: header, rows and times, where they have been read already.
     """
     header, rows, starts = table or (*read_table(path), None)
     if len(rows) < 2:
@@ -195,11 +197,13 @@ def read_trace(
             raise BadInput(f"{path}: which column? It has {', '.join(header[1:])}; say column=NAME")
         column = header[1]
     if column not in header[1:]:
-        raise BadInput(f"{path}: no column {column!r}; it has {', '.join(header[1:])}")
-    if unit not in G_PER_KWH:
-        raise BadInput(f"carbon.unit={unit!r} is not one of {', '.join(G_PER_KWH)}")
+        remedy = "; name one as sites.X.price_region, or set price.trace=null" if section == "price" else ""
+        raise BadInput(f"{path}: no column {column!r}; it has {', '.join(header[1:])}{remedy}")
+    price = config.PRICE_UNIT.fullmatch(unit)
+    if unit not in G_PER_KWH and not price:
+        raise BadInput(f"{section}.unit={unit!r} is not one of {', '.join(G_PER_KWH)}, nor a price such as USD/MWh")
     index = header.index(column)
-    starts = _parse_times([row[0] for row in rows], path, 2, tz) if starts is None else starts
+    starts = _parse_times([row[0] for row in rows], path, 2, tz, section) if starts is None else starts
     values = np.empty(len(rows))
     for i, row in enumerate(rows):
         cell = row[index].strip() if index < len(row) else ""
@@ -209,46 +213,46 @@ def read_trace(
             values[i] = np.nan
         if not math.isfinite(values[i]):
             raise BadInput(f"{path} row {i + 2}: {column} is {cell!r}, not a number; fill the gap or cut the file")
-    values *= G_PER_KWH[unit]
+    values *= G_PER_KWH[unit] if not price else {"M": 1.0, "k": 1000.0}[price[2]]
     steps = np.diff(starts)
     if (bad := np.flatnonzero(steps <= 0)).size:
         what = "repeats" if steps[bad[0]] == 0 else "goes back before"
         raise BadInput(f"{path} row {bad[0] + 3}: time {rows[bad[0] + 1][0]} {what} the row above; sort and deduplicate")
     if (bad := np.flatnonzero(steps > max_gap_s)).size:
         raise BadInput(f"{path} row {bad[0] + 3}: gap of {steps[bad[0]]} s before {rows[bad[0] + 1][0]} exceeds "
-                       f"carbon.max_gap_s={max_gap_s:g}; fill it or raise the bound")  # fmt: skip
-    if (bad := np.flatnonzero(values < 0)).size:
-        raise BadInput(f"{path} row {bad[0] + 2}: {column} is {rows[bad[0]][index]}; intensity must be >= 0")
-    if (bad := np.flatnonzero(values > MAX_G_PER_KWH)).size:
-        raise BadInput(f"{path} row {bad[0] + 2}: {column} is {rows[bad[0]][index]} {unit} = {values[bad[0]]:,.0f} g/kWh, "
-                       f"above {MAX_G_PER_KWH:,.0f}, which no grid reaches; is carbon.unit right?")  # fmt: skip
-    if 0 < values.max() < 3:
-        raise BadInput(f"{path}: {column} never exceeds {values.max():.3g} g/kWh; is it in kg/kWh? set carbon.unit")
+                       f"{section}.max_gap_s={max_gap_s:g}; fill it or raise the bound")  # fmt: skip
+    if not price:
+        _check_intensity(values, path, [row[index] for row in rows], column, unit)
     step = int(np.median(steps))
     if stamp == "end":  # a stamp at an interval's end: the value held since the stamp before
         starts = np.concatenate(([starts[0] - step], starts[:-1]))
     return Trace(column, starts, values, step, interpolation, path)
 
 
+def _check_intensity(values: np.ndarray, path: str, cells: list[str], column: str, unit: str) -> None:
+    """What no grid can be, in gCO2/kWh. Prices have no such bounds: they fall below zero, and currencies differ."""
+    if (bad := np.flatnonzero(values < 0)).size:
+        raise BadInput(f"{path} row {bad[0] + 2}: {column} is {cells[bad[0]]}; intensity must be >= 0")
+    if (bad := np.flatnonzero(values > MAX_G_PER_KWH)).size:
+        raise BadInput(f"{path} row {bad[0] + 2}: {column} is {cells[bad[0]]} {unit} = {values[bad[0]]:,.0f} g/kWh, "
+                       f"above {MAX_G_PER_KWH:,.0f}, which no grid reaches; is carbon.unit right?")  # fmt: skip
+    if 0 < values.max() < 3:
+        raise BadInput(f"{path}: {column} never exceeds {values.max():.3g} g/kWh; is it in kg/kWh? set carbon.unit")
+
+
+def _read_columns(c, columns: list[str], section: str) -> dict[str, Trace]:
+    """Columns of the trace that a section of the config describes; its times are read once."""
+    header, rows = read_table(c.trace)
+    table = (header, rows, _parse_times([row[0] for row in rows], c.trace, 2, c.tz, section))
+    described = {"unit": c.unit, "tz": c.tz, "stamp": c.stamp, "interpolation": c.interpolation, "max_gap_s": c.max_gap_s}
+    return {column: read_trace(c.trace, column, **described, table=table, section=section) for column in dict.fromkeys(columns)}
+
+
 def load_traces(cfg) -> dict[str, Trace]:
     """Every region a run needs (sites and baselines), checked to cover `clock.start`."""
-    c = cfg.carbon
-    start = config.start_unix(cfg)
-    regions = dict.fromkeys([site.region for site in cfg.sites.values()] + list(c.baseline_regions))
-    header, rows = read_table(c.trace)
-    table = (header, rows, _parse_times([row[0] for row in rows], c.trace, 2, c.tz))
-    traces = {}
-    for region in regions:
-        traces[region] = trace = read_trace(
-            c.trace,
-            region,
-            unit=c.unit,
-            tz=c.tz,
-            stamp=c.stamp,
-            interpolation=c.interpolation,
-            max_gap_s=c.max_gap_s,
-            table=table,
-        )
+    c, start = cfg.carbon, config.start_unix(cfg)
+    traces = _read_columns(c, [site.region for site in cfg.sites.values()] + list(c.baseline_regions), "carbon")
+    for trace in traces.values():
         if not trace.begin <= start < trace.end:
             raise BadInput(f"clock.start={cfg.clock.start} lies outside {c.trace}, which covers {iso(trace.begin)} to "
                            f"{iso(trace.end)}")  # fmt: skip
@@ -260,6 +264,29 @@ def load_traces(cfg) -> dict[str, Trace]:
             raise BadInput(f"policy.on_below_g_per_kwh={low:g}: no window for any site in {c.trace} (minimum MCI "
                            f"{least:.0f} gCO2/kWh, {iso(start)} to {iso(stop)}); raise the threshold")  # fmt: skip
     return traces
+
+
+def price_column(cfg, region: str) -> str:
+    """Where the prices of a region stand: at its site's price_region, else under its own name."""
+    return next((s.price_region for s in cfg.sites.values() if s.region == region and s.price_region), region)
+
+
+def load_prices(cfg, traces: dict[str, Trace] | None = None) -> dict[str, Trace] | None:
+    """Prices, currency/MWh, by `price_column`, for every region that `traces` has; None without a price trace.
+
+    Checked to cover what the intensity covers from `clock.start` on. The steps may differ.
+    """
+    if cfg.price.trace is None:
+        return None
+    traces, start = traces or load_traces(cfg), config.start_unix(cfg)
+    column_of = {region: price_column(cfg, region) for region in traces}
+    prices = _read_columns(cfg.price, list(column_of.values()), "price")
+    for region, trace in traces.items():
+        price = prices[column_of[region]]
+        if price.begin > start or price.end < trace.end:
+            raise BadInput(f"price.trace={cfg.price.trace} covers {iso(price.begin)} to {iso(price.end)}, not all of {iso(start)} to "
+                           f"{iso(trace.end)} that {trace.source} has of {region}; extend it, or set price.trace=null")  # fmt: skip
+    return prices
 
 
 def provenance(cfg) -> dict:

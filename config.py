@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -155,8 +156,19 @@ class Carbon:
 
 
 @dataclass
+class Price:
+    trace: str | None = None  # CSV of electricity prices, as carbon.trace; null: no cost anywhere
+    unit: str = "USD/MWh"  # CURRENCY/MWh | CURRENCY/kWh: one three-letter currency for every column; prices may be negative
+    tz: str = "UTC"  # these four as in carbon
+    stamp: str = "start"
+    interpolation: str = "hold"
+    max_gap_s: float = 3600.0  # prices are often hourly
+
+
+@dataclass
 class Site:
     region: str = MISSING
+    price_region: str | None = None  # column of price.trace; null: the one named as the region
     tokens_per_s: float = MISSING  # training rate: fixes the virtual clock, first guess on the wall clock
     idle_kw: float = MISSING  # drawn in every state but off and training
     train_kw: float = MISSING
@@ -212,6 +224,7 @@ class Config:
     sync: Sync = field(default_factory=Sync)
     policy: Policy = field(default_factory=Policy)
     carbon: Carbon = field(default_factory=Carbon)
+    price: Price = field(default_factory=Price)
     sites: dict[str, Site] = field(default_factory=dict)
     provision: Provision = field(default_factory=Provision)
     eval: Eval = field(default_factory=Eval)
@@ -235,19 +248,22 @@ CHOICES = {
     "carbon.unit": ("g/kWh", "kg/kWh", "kg/MWh", "lb/MWh"),
     "carbon.stamp": ("start", "end"),
     "carbon.interpolation": ("hold", "linear"),
+    "price.stamp": ("start", "end"),
+    "price.interpolation": ("hold", "linear"),
     "provision.mode": ("resident",),
     "wandb.mode": ("offline", "online", "disabled"),
 }
 POSITIVE = (
     "budget.tokens", "model.depth", "model.seq_len", "data.tokens_per_step", "rounds.train_s", "rounds.grace_s",
     "rounds.max_offline_s", "rounds.rejoin_wait_s", "rounds.outer_lr", "sync.chunk_mb", "sync.heartbeat_s",
-    "carbon.max_gap_s", "carbon.pue", "log.every_steps", "data.tokenizer_chars",
+    "carbon.max_gap_s", "carbon.pue", "price.max_gap_s", "log.every_steps", "data.tokenizer_chars",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "data.val_tokens", "rounds.sync_s", "rounds.outer_momentum", "sync.port",
     "policy.on_below_g_per_kwh", "policy.off_above_g_per_kwh", "policy.on_delay_s", "policy.off_delay_s",
     "policy.min_on_s", "policy.min_off_s", "eval.every_rounds", "eval.tokens", "optim.warmup", "optim.warmdown",
 )  # fmt: skip
+PRICE_UNIT = re.compile(r"([A-Z]{3})/([Mk])Wh")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -310,6 +326,8 @@ def _check(cfg: Config) -> None:
         value = OmegaConf.select(cfg, key)
         if value is not None and value <= 0:
             raise BadInput(f"{key}={value} must be > 0, or null")
+    if not PRICE_UNIT.fullmatch(cfg.price.unit):
+        raise BadInput(f"price.unit={cfg.price.unit} is not CURRENCY/MWh or CURRENCY/kWh with a three-letter currency, e.g. USD/MWh")
     if cfg.sync.port > 65535:
         raise BadInput(f"sync.port={cfg.sync.port} must be <= 65535")
     for key in ("optim.betas", "optim.muon_momentum"):
@@ -425,9 +443,9 @@ def train_digest(cfg: Config) -> str:
 
 
 def schedule_digest(cfg: Config) -> str:
-    """Digest of what decides when sites train and what it costs; a resumed run must match it too."""
+    """Digest of what decides when sites train and what they emit; a resumed run must match it too. Prices decide nothing."""
     c = plain(cfg)
-    machine = ("device", "device_batch", "ranks", "parallel", "checkpointing", "energy", "peak_tflops", "threads_local",
+    machine = ("price_region", "device", "device_batch", "ranks", "parallel", "checkpointing", "energy", "peak_tflops", "threads_local",
                "threads_federated")  # fmt: skip
     sites = {n: {k: v for k, v in s.items() if k not in machine} for n, s in c["sites"].items()}
     clock = dict(c["clock"])
