@@ -240,9 +240,10 @@ def _check_intensity(values: np.ndarray, path: str, cells: list[str], column: st
         raise BadInput(f"{path}: {column} never exceeds {values.max():.3g} g/kWh; is it in kg/kWh? set carbon.unit")
 
 
-def _read_columns(c, columns: list[str], section: str) -> dict[str, Trace]:
-    """Columns of the trace that a section of the config describes; its times are read once."""
+def _read_columns(c, columns: list[str], section: str, optional: list[str] = ()) -> dict[str, Trace]:
+    """Columns of the trace that a section of the config describes, optional ones if it has them; its times are read once."""
     header, rows = read_table(c.trace)
+    columns = [*columns, *(column for column in optional if column in header[1:])]
     table = (header, rows, _parse_times([row[0] for row in rows], c.trace, 2, c.tz, section))
     described = {"unit": c.unit, "tz": c.tz, "stamp": c.stamp, "interpolation": c.interpolation, "max_gap_s": c.max_gap_s}
     return {column: read_trace(c.trace, column, **described, table=table, section=section) for column in dict.fromkeys(columns)}
@@ -266,34 +267,49 @@ def load_traces(cfg) -> dict[str, Trace]:
     return traces
 
 
-def price_column(cfg, region: str) -> str:
-    """Where the prices of a region stand: at its site's price_region, else under its own name."""
-    return next((s.price_region for s in cfg.sites.values() if s.region == region and s.price_region), region)
+def price_column(site) -> str:
+    """Column of the price trace that a site (its config section) pays by."""
+    return site.price_region or site.region
+
+
+def alone(cfg, region: str) -> tuple:
+    """(config section, price column) of the one site that trains in a baseline region: the region's own, else the first."""
+    own = next((s for s in cfg.sites.values() if s.region == region), None)
+    return (own, price_column(own)) if own else (next(iter(cfg.sites.values())), region)
 
 
 def load_prices(cfg, traces: dict[str, Trace] | None = None) -> dict[str, Trace] | None:
-    """Prices, currency/MWh, by `price_column`, for every region that `traces` has; None without a price trace.
+    """Prices, currency/MWh, by column, of every site, and of the baseline regions that have one; None without a price trace.
 
     Checked to cover what the intensity covers from `clock.start` on. The steps may differ.
     """
     if cfg.price.trace is None:
         return None
     traces, start = traces or load_traces(cfg), config.start_unix(cfg)
-    column_of = {region: price_column(cfg, region) for region in traces}
-    prices = _read_columns(cfg.price, list(column_of.values()), "price")
-    for region, trace in traces.items():
-        price = prices[column_of[region]]
-        if price.begin > start or price.end < trace.end:
+    sites = [(price_column(site), site.region) for site in cfg.sites.values()]
+    others = [(alone(cfg, region)[1], region) for region in cfg.carbon.baseline_regions]
+    prices = _read_columns(cfg.price, [column for column, _ in sites], "price", [column for column, _ in others])
+    for column, region in sites + others:
+        price, trace = prices.get(column), traces[region]
+        if price and (price.begin > start or price.end < trace.end):
             raise BadInput(f"price.trace={cfg.price.trace} covers {iso(price.begin)} to {iso(price.end)}, not all of {iso(start)} to "
                            f"{iso(trace.end)} that {trace.source} has of {region}; extend it, or set price.trace=null")  # fmt: skip
     return prices
 
 
+def currency(cfg) -> str | None:
+    """Of every cost of a run, e.g. USD; None without a price trace."""
+    return cfg.price.unit[:3] if cfg.price.trace else None
+
+
 def provenance(cfg) -> dict:
-    c = cfg.carbon
-    digest = hashlib.sha256(Path(c.trace).read_bytes()).hexdigest()
-    return {"trace": c.trace, "trace_sha256": digest, "unit": c.unit, "signal": c.signal, "tz": c.tz, "stamp": c.stamp,
-            "interpolation": c.interpolation, "columns": {n: s.region for n, s in cfg.sites.items()}}  # fmt: skip
+    def described(c) -> dict:
+        digest = hashlib.sha256(Path(c.trace).read_bytes()).hexdigest()
+        return {"trace": c.trace, "trace_sha256": digest, "unit": c.unit, "tz": c.tz, "stamp": c.stamp, "interpolation": c.interpolation}
+
+    price = described(cfg.price) | {"columns": {n: price_column(s) for n, s in cfg.sites.items()}} if cfg.price.trace else None
+    columns = {n: s.region for n, s in cfg.sites.items()}
+    return described(cfg.carbon) | {"signal": cfg.carbon.signal, "columns": columns, "price": price}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -478,9 +494,15 @@ def energy_kwh(power: float, seconds: float) -> float:
     return power * seconds / 3600.0
 
 
+def charged(power, integral):
+    """kgCO2 of a constant power (kW), by the integral of intensity (gCO2/kWh = kg/MWh, x s); by that of price (currency/MWh, x s):
+    what it costs. Numbers or arrays."""
+    return power * integral / 3600.0 / 1000.0
+
+
 def emissions_kg(power: float, trace: Trace, t0: float, t1: float) -> float:
     """kgCO2 of a constant power (kW) over [t0, t1] UTC seconds: power x exact integral of the trace."""
-    return power * trace.integral(t0, t1) / 3600.0 / 1000.0
+    return charged(power, trace.integral(t0, t1))
 
 
 MODELLED = "idle_kw and train_kw"
@@ -517,10 +539,13 @@ def drawn(column: tuple, spec, readings: list[Reading] = ()) -> tuple[np.ndarray
     return codes, begins, ends, kw * scale[span], counts[span]
 
 
-def account(rows: "list[Interval] | Columns", cfg, traces: dict[str, Trace], readings: list[Reading] = ()) -> dict:
-    """Energy and emissions of a run, exact rule, measured where `readings` cover it.
-    -> {energy_kwh, emissions_kg, curtailed_share, energy_method, measured_share, sites: {...}}
+def account(
+    rows: "list[Interval] | Columns", cfg, traces: dict[str, Trace], readings: list[Reading] = (), prices: dict[str, Trace] | None = None
+) -> dict:
+    """Energy, emissions and cost of a run, exact rule, measured where `readings` cover it.
+    -> {energy_kwh, emissions_kg, cost, curtailed_share, energy_method, measured_share, sites: {...}}
 
+    cost: in the config's `currency`, below 0 where consumers are paid; None without prices.
     energy_method: model, or the meters that measured measured_share of the energy; mixed: several kinds.
     Raises BadInput if an interval that draws power leaves its trace.
     """
@@ -532,7 +557,8 @@ def account(rows: "list[Interval] | Columns", cfg, traces: dict[str, Trace], rea
         up = codes != CODES["off"]
         codes, t0, t1, kw, measured = codes[up], start + begins[up], start + ends[up], kw[up], measured[up]
         trace = traces[spec.region]
-        kwh, kg = energy_kwh(kw, t1 - t0), kw * trace.integrals(t0, t1) / 3600.0 / 1000.0
+        kwh, kg = energy_kwh(kw, t1 - t0), charged(kw, trace.integrals(t0, t1))
+        paid = None if prices is None else charged(kw, prices[price_column(spec)].integrals(t0, t1))
         curtailed = energy_kwh(kw, trace.seconds_below(low, t0, t1))
         hours = np.bincount(codes, t1 - t0, len(STATES)) / 3600
         sites[name] = {
@@ -540,8 +566,10 @@ def account(rows: "list[Interval] | Columns", cfg, traces: dict[str, Trace], rea
             "energy_method": _one_of({r.method for r in mine} if measured.any() else set()), "measured_kwh": float(kwh[measured].sum()),
             "train_hours": float(hours[CODES["training"]]), "up_hours": float(hours.sum() - hours[CODES["provisioning"]]),
             "kwh_by_state": _by_state(codes, kwh), "kg_by_state": _by_state(codes, kg),
+            "cost": None if paid is None else float(paid.sum()), "cost_by_state": None if paid is None else _by_state(codes, paid),
         }  # fmt: skip
     total = {k: sum(s[k] for s in sites.values()) for k in ("energy_kwh", "emissions_kg", "curtailed_kwh", "measured_kwh")}
+    total["cost"] = None if prices is None else sum(s["cost"] for s in sites.values())
     total["energy_method"] = _one_of({s["energy_method"] for s in sites.values()} - {"model"})
     for part in [total, *sites.values()]:
         for share in ("curtailed", "measured"):
@@ -553,6 +581,11 @@ def account(rows: "list[Interval] | Columns", cfg, traces: dict[str, Trace], rea
 def how_measured(part: dict) -> str:
     """Of an account or one of its sites, to go behind its kWh; empty for the model's."""
     return f", {100 * part['measured_share']:.0f} % measured ({part['energy_method']})" if part.get("measured_share") else ""
+
+
+def in_money(part: dict, cfg) -> str:
+    """Cost of an account or one of its sites, to go behind its kWh; empty without a price trace."""
+    return "" if part.get("cost") is None else f", {part['cost']:.4f} {currency(cfg)}"
 
 
 def _one_of(methods: set[str]) -> str:
@@ -584,16 +617,21 @@ def account_paper(rows: list[Interval], cfg, traces: dict[str, Trace], grid_s: f
     return total | {"sites": sites}
 
 
-def baselines(cfg, traces: dict[str, Trace], tokens: int) -> tuple[dict[str, float] | None, str | None]:
-    """kg for the same tokens at one site, continuous from the start, per baseline region; None and why if it cannot."""
-    start, out = config.start_unix(cfg), {}
+def baselines(
+    cfg, traces: dict[str, Trace], tokens: int, prices: dict[str, Trace] | None = None
+) -> tuple[dict[str, float] | None, dict[str, float | None] | None, str | None]:
+    """(kg, cost, None) for the same tokens at one site, continuous from the start, per baseline region; a cost is None where
+    there is no price. (None, None, why) if it cannot be."""
+    start, kg, cost = config.start_unix(cfg), {}, {}
     for region in cfg.carbon.baseline_regions:
-        spec = next((s for s in cfg.sites.values() if s.region == region), next(iter(cfg.sites.values())))
+        spec, column = alone(cfg, region)
         seconds = tokens / spec.tokens_per_s
         if start + seconds > traces[region].end:
-            return None, f"{seconds / 3600:.1f} h from {iso(start)} leave the trace, which ends {iso(traces[region].end)}"
-        out[region] = emissions_kg(spec.train_kw, traces[region], start, start + seconds)
-    return out, None
+            return None, None, f"{seconds / 3600:.1f} h from {iso(start)} leave the trace, which ends {iso(traces[region].end)}"
+        kg[region] = emissions_kg(spec.train_kw, traces[region], start, start + seconds)
+        if prices is not None:
+            cost[region] = charged(spec.train_kw, prices[column].integral(start, start + seconds)) if column in prices else None
+    return kg, None if prices is None else cost, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -601,14 +639,14 @@ def baselines(cfg, traces: dict[str, Trace], tokens: int) -> tuple[dict[str, flo
 
 
 def describe(argv: list[str]) -> int:
-    as_json, threshold = "--json" in argv, 100.0
+    as_json, threshold = "--json" in argv, None
     argv = [a for a in argv if a != "--json"]
     if "--threshold" in argv:
         i = argv.index("--threshold")
         try:
             threshold = float(argv[i + 1])
         except (IndexError, ValueError):
-            raise BadInput("--threshold needs a number in gCO2/kWh") from None
+            raise BadInput("--threshold needs a number in gCO2/kWh (of a price: in currency/MWh)") from None
         del argv[i : i + 2]
     if not argv:
         raise BadInput("describe needs a trace; say carbon.py describe TRACE.csv [column=... unit=... tz=...]")
@@ -617,6 +655,9 @@ def describe(argv: list[str]) -> int:
     if bad := [a for a in argv[1:] if a.split("=", 1)[0] not in known]:
         raise BadInput(f"unknown option {bad[0]!r}; options: {', '.join(sorted(known))} as key=value")
     columns = [options.pop("column")] if "column" in options else read_table(path)[0][1:]
+    price = config.PRICE_UNIT.fullmatch(options.get("unit", ""))
+    if price:
+        options = {"max_gap_s": config.Price.max_gap_s, "section": "price"} | options
     try:
         options |= {"max_gap_s": float(options["max_gap_s"])} if "max_gap_s" in options else {}
     except ValueError:
@@ -624,23 +665,25 @@ def describe(argv: list[str]) -> int:
     if options.get("stamp", "start") not in ("start", "end"):
         raise BadInput(f"stamp={options['stamp']} is not one of start, end")
     out = {}
+    unit, per, charge = (f"{price[1]}/MWh", "per_mwh", "cost") if price else ("gCO2/kWh", "g_per_kwh", "kg")
+    threshold = (0.0 if price else 100.0) if threshold is None else threshold
     for column in columns:
         t = read_trace(path, column, **options)
         seconds = t.end - t.begin
         inside = sum(b - a for a, b in t.windows(threshold))
         out[column] = {
             "begin": iso(t.begin), "end": iso(t.end), "samples": len(t.values), "step_s": t.step_s,
-            "mean_g_per_kwh": t.integral(t.begin, t.end) / seconds, "min_g_per_kwh": float(t.values.min()),
-            "max_g_per_kwh": float(t.values.max()), "kg_at_1_kw": emissions_kg(1.0, t, t.begin, t.end),
-            "kg_at_1_kw_to_last_sample": emissions_kg(1.0, t, t.begin, int(t.starts[-1])),
+            f"mean_{per}": t.integral(t.begin, t.end) / seconds, f"min_{per}": float(t.values.min()),
+            f"max_{per}": float(t.values.max()), f"{charge}_at_1_kw": charged(1.0, t.integral(t.begin, t.end)),
+            f"{charge}_at_1_kw_to_last_sample": charged(1.0, t.integral(t.begin, int(t.starts[-1]))),
             "share_below": inside / seconds, "windows": [[iso(a), iso(b)] for a, b in t.windows(threshold)],
         }  # fmt: skip
     if as_json:
-        print(json.dumps({"trace": path, "threshold_g_per_kwh": threshold, "columns": out}))
+        print(json.dumps({"trace": path, f"threshold_{per}": threshold, "columns": out}))
         return 0
     for column, d in out.items():
-        print(f"{column}: {d['begin']} to {d['end']}, {d['samples']} samples of {d['step_s']} s, mean {d['mean_g_per_kwh']:.1f}, "
-              f"min {d['min_g_per_kwh']:.0f}, max {d['max_g_per_kwh']:.0f} gCO2/kWh; below {threshold:g}: "
+        print(f"{column}: {d['begin']} to {d['end']}, {d['samples']} samples of {d['step_s']} s, mean {d[f'mean_{per}']:.1f}, "
+              f"min {d[f'min_{per}']:.0f}, max {d[f'max_{per}']:.0f} {unit}; below {threshold:g}: "
               f"{100 * d['share_below']:.1f} % in {len(d['windows'])} windows")  # fmt: skip
         for a, b in d["windows"][:12]:
             print(f"    {a} .. {b}")
@@ -665,11 +708,12 @@ def account_command(argv: list[str]) -> int:
     rows, cfg = read_intervals(argv[0]), config.load(argv[1:])
     readings = [] if energy is None else read_readings(energy)
     traces = load_traces(cfg)
+    prices = load_prices(cfg, traces)
     used = [row for row in rows if row.site in cfg.sites]
     if not used:
         raise BadInput(f"{argv[0]}: no row of a site of {argv[1]} ({', '.join(cfg.sites)})")
-    result = account(used, cfg, traces, readings) if rule == "exact" else account_paper(used, cfg, traces)
-    result["rule"] = rule
+    result = account(used, cfg, traces, readings, prices) if rule == "exact" else account_paper(used, cfg, traces)
+    result |= {"rule": rule, "cost": result.get("cost"), "currency": currency(cfg)}  # the paper's rule knows no prices
     if central := [row for row in rows if row.site == "centralized"]:
         result["baselines"] = {}
         spec = next(iter(cfg.sites.values()))
@@ -681,9 +725,9 @@ def account_command(argv: list[str]) -> int:
     if as_json:
         print(json.dumps(result))
         return 0
-    print(f"{rule} rule: {result['emissions_kg']:.4f} kgCO2, {result['energy_kwh']:.3f} kWh{how_measured(result)}")
+    print(f"{rule} rule: {result['emissions_kg']:.4f} kgCO2, {result['energy_kwh']:.3f} kWh{how_measured(result)}{in_money(result, cfg)}")
     for name, s in result["sites"].items():
-        print(f"  {name:18} {s['emissions_kg']:.4f} kgCO2  {s['energy_kwh']:.3f} kWh{how_measured(s)}")
+        print(f"  {name:18} {s['emissions_kg']:.4f} kgCO2  {s['energy_kwh']:.3f} kWh{how_measured(s)}{in_money(s, cfg)}")
     for region, kg in result.get("baselines", {}).items():
         print(f"  centralized in {region:12} {kg:.3f} kgCO2, ours is {100 * result['emissions_kg'] / kg:.1f} %")
     return 0

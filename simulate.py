@@ -18,7 +18,7 @@ import numpy as np
 
 import config
 import report
-from carbon import Meter, Trace, load_traces, write_intervals
+from carbon import Meter, Trace, load_prices, load_traces, write_intervals
 from journal import order
 from rounds import Action, Run, facts_of
 from scheduler import INFINITY, Schedule, Site, policy_of
@@ -130,6 +130,7 @@ def simulate(cfg, traces: dict[str, Trace] | None = None, decisions: bool = True
     """The summary of the run this config would make, with its decisions unless told otherwise; nothing is trained.
     folder: where to write what a run would have left: config, journal, intervals, summary."""
     traces = traces or load_traces(cfg)
+    prices = load_prices(cfg, traces)
     run, samples = new_run(cfg, traces)
     tally, told, over_s = report.Tally(cfg.sites), [], 0.0
 
@@ -143,7 +144,7 @@ def simulate(cfg, traces: dict[str, Trace] | None = None, decisions: bool = True
 
     kept: list[dict] = [{"t_s": 0.0, "type": "genesis", "digest": ""}]
     drive(run, samples, journal=(lambda records: (take(records), kept.extend(records))) if folder else take)
-    summary = report.summarize(tally, run.meter.columns(over_s), [], cfg, traces)
+    summary = report.summarize(tally, run.meter.columns(over_s), [], cfg, traces, prices=prices)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         config.OmegaConf.save(cfg, folder / "config.yaml")
@@ -160,8 +161,8 @@ def _why(record: dict) -> str:
     return f"round {record['round']}, {record['tokens']:,} tokens" if record["type"] == "commit" else ""
 
 
-SWEPT = ("exit", "tokens", "rounds", "runtime_h", "train_site_hours", "goodput", "energy_kwh", "emissions_kg", "curtailed_share",
-         "starts", "wasted_starts", "wasted_tokens")  # fmt: skip
+SWEPT = ("exit", "tokens", "rounds", "runtime_h", "train_site_hours", "goodput", "energy_kwh", "emissions_kg", "cost", "currency",
+         "curtailed_share", "starts", "wasted_starts", "wasted_tokens")  # fmt: skip
 
 
 def sweep(argv: list[str], grid: list[str]) -> list[dict]:
