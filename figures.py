@@ -113,9 +113,10 @@ def timeline(run: dict):
     if priced:
         for name in sites:
             prices = run["prices"][carbon.price_column(cfg.sites[name])]
-            edges = np.clip(np.append(prices.starts, prices.end), start, start + end_s)
+            first, last = np.searchsorted(prices.starts, (start, start + end_s), side="right") - 1
+            edges = np.clip(np.append(prices.starts[first : last + 1], prices.end), start, start + end_s)
+            heights = np.append(prices.values[first : last + 1], prices.values[last])
             color, line = style[name]
-            heights = np.append(prices.values, prices.values[-1])
             axes[2].step([moment(t) for t in edges], heights, where="post", color=color, ls=line, lw=1.5)
         axes[2].axhline(0.0, color=INK, lw=0.6)
         axes[2].set_ylabel(f"price,\n{run['summary']['currency']}/MWh")
@@ -213,7 +214,7 @@ def power(run: dict):
     """Power of each site, and below it the emission rate of all, over time; with prices, also cost, and both added up."""
     start, end_s, sites = config.start_unix(run["cfg"]), max(r.end_s for r in run["rows"]), list(run["cfg"].sites)
     heights = [1] * len(sites) + ([1.6, 1.4, 1.4] if run["prices"] else [1.9])
-    fig, axes = plt.subplots(len(heights), 1, sharex=True, figsize=(10.5, 0.5 + 0.85 * sum(heights) + 0.3),
+    fig, axes = plt.subplots(len(heights), 1, sharex=True, figsize=(10.5, 0.8 + 0.85 * sum(heights)),
                              gridspec_kw={"hspace": 0.18, "height_ratios": heights})  # fmt: skip
     panels, rates = axes[: len(sites)], axes[len(sites) : len(sites) + (2 if run["prices"] else 1)]
     draws = [draw(run, site) for site in sites]
