@@ -1,12 +1,12 @@
-"""Carbon: traces of intensity, the windows in them, and what a run drew and emitted. Pure numpy.
+"""Carbon: traces of intensity, the windows in them, and what a run drew, emitted and cost. Pure numpy.
 
     python carbon.py describe traces/paper_day.csv --threshold 100
     python carbon.py account runs/demo/intervals.csv configs/demo.yaml [--rule exact|paper] [--energy energy.csv] [--json]
 
 A trace holds each sample until the next one: half-open intervals [start, next start) with a constant value in
-gCO2/kWh, times in int64 UTC seconds. Energy is power x time, emissions are power x the exact integral of intensity,
-so splitting an interval never changes a total. Power is a state's idle_kw or train_kw, scaled to what the site's meters say
-where they were read (`drawn`). Knows nothing of torch, sockets or clocks.
+gCO2/kWh (a price trace: currency/MWh), times in int64 UTC seconds. Energy is power x time, emissions and cost are
+power x the exact integral of intensity and of price, so splitting an interval never changes a total. Power is a state's
+idle_kw or train_kw, scaled to what the site's meters say where they were read (`drawn`). Knows nothing of torch, sockets or clocks.
 """
 
 import csv
@@ -36,7 +36,8 @@ CODES = {state: i for i, state in enumerate(STATES)}
 
 @dataclass(frozen=True)
 class Trace:
-    """One region's intensity. `starts` (n,) int64 UTC seconds, `values` (n,) gCO2/kWh, valid on [starts[0], end)."""
+    """One region's intensity, or prices. `starts` (n,) int64 UTC seconds, `values` (n,) gCO2/kWh = kg/MWh (prices: currency/MWh,
+    which may be below 0), valid on [starts[0], end)."""
 
     region: str
     starts: np.ndarray
@@ -131,12 +132,12 @@ def iso(t: float) -> str:
 # Reading a trace
 
 
-def _parse_times(stamps: list[str], where: str, first_row: int, tz: str) -> np.ndarray:
+def _parse_times(stamps: list[str], where: str, first_row: int, tz: str, section: str = "carbon") -> np.ndarray:
     """ISO stamps -> int64 UTC seconds. Naive stamps are in zone `tz`."""
     try:
         zone = ZoneInfo(tz)
     except (ZoneInfoNotFoundError, ValueError):
-        raise BadInput(f"carbon.tz={tz!r} is not a known time zone; write e.g. UTC or America/Los_Angeles") from None
+        raise BadInput(f"{section}.tz={tz!r} is not a known time zone; write e.g. UTC or America/Los_Angeles") from None
     seconds, offset_seen = np.empty(len(stamps), np.int64), None
     for i, stamp in enumerate(stamps):
         row = f"{where} row {first_row + i}"
@@ -181,12 +182,13 @@ def read_table(path: str) -> tuple[list[str], list[list[str]]]:
 
 def read_trace(
     path: str, column: str | None = None, *, unit: str = "g/kWh", tz: str = "UTC", stamp: str = "start",
-    interpolation: str = "hold", max_gap_s: float = 900.0, table: tuple | None = None,
+    interpolation: str = "hold", max_gap_s: float = 900.0, table: tuple | None = None, section: str = "carbon",
 ) -> Trace:  # fmt: skip
     """One column of a CSV file as a Trace. First column is time; `column` None takes the only other one.
 
-    Variable steps are legal up to max_gap_s. Raises BadInput with file, row and remedy for anything that would make
-    the accounting guess: see the messages below. table: header, rows and times, where they have been read already.
+    unit: one of G_PER_KWH; or a price's, CURRENCY/MWh or CURRENCY/kWh, whose values are kept in currency/MWh. Variable steps are
+    legal up to max_gap_s. Raises BadInput with file, row and remedy for anything that would make the accounting guess: see the
+    messages below, which name `section` of the config. table: header, rows and times, where they have been read already.
     """
     header, rows, starts = table or (*read_table(path), None)
     if len(rows) < 2:
@@ -196,11 +198,13 @@ def read_trace(
             raise BadInput(f"{path}: which column? It has {', '.join(header[1:])}; say column=NAME")
         column = header[1]
     if column not in header[1:]:
-        raise BadInput(f"{path}: no column {column!r}; it has {', '.join(header[1:])}")
-    if unit not in G_PER_KWH:
-        raise BadInput(f"carbon.unit={unit!r} is not one of {', '.join(G_PER_KWH)}")
+        remedy = "; name one as sites.X.price_region, or set price.trace=null" if section == "price" else ""
+        raise BadInput(f"{path}: no column {column!r}; it has {', '.join(header[1:])}{remedy}")
+    price = config.PRICE_UNIT.fullmatch(unit)
+    if unit not in G_PER_KWH and not price:
+        raise BadInput(f"{section}.unit={unit!r} is not one of {', '.join(G_PER_KWH)}, nor a price such as USD/MWh")
     index = header.index(column)
-    starts = _parse_times([row[0] for row in rows], path, 2, tz) if starts is None else starts
+    starts = _parse_times([row[0] for row in rows], path, 2, tz, section) if starts is None else starts
     values = np.empty(len(rows))
     for i, row in enumerate(rows):
         cell = row[index].strip() if index < len(row) else ""
@@ -210,55 +214,56 @@ def read_trace(
             values[i] = np.nan
         if not math.isfinite(values[i]):
             raise BadInput(f"{path} row {i + 2}: {column} is {cell!r}, not a number; fill the gap or cut the file")
-    values *= G_PER_KWH[unit]
+    values *= G_PER_KWH[unit] if not price else {"M": 1.0, "k": 1000.0}[price[2]]
     steps = np.diff(starts)
     if (bad := np.flatnonzero(steps <= 0)).size:
         what = "repeats" if steps[bad[0]] == 0 else "goes back before"
         raise BadInput(f"{path} row {bad[0] + 3}: time {rows[bad[0] + 1][0]} {what} the row above; sort and deduplicate")
     if (bad := np.flatnonzero(steps > max_gap_s)).size:
         raise BadInput(f"{path} row {bad[0] + 3}: gap of {steps[bad[0]]} s before {rows[bad[0] + 1][0]} exceeds "
-                       f"carbon.max_gap_s={max_gap_s:g}; fill it or raise the bound")  # fmt: skip
-    if (bad := np.flatnonzero(values < 0)).size:
-        raise BadInput(f"{path} row {bad[0] + 2}: {column} is {rows[bad[0]][index]}; intensity must be >= 0")
-    if (bad := np.flatnonzero(values > MAX_G_PER_KWH)).size:
-        raise BadInput(f"{path} row {bad[0] + 2}: {column} is {rows[bad[0]][index]} {unit} = {values[bad[0]]:,.0f} g/kWh, "
-                       f"above {MAX_G_PER_KWH:,.0f}, which no grid reaches; is carbon.unit right?")  # fmt: skip
-    if 0 < values.max() < 3:
-        raise BadInput(f"{path}: {column} never exceeds {values.max():.3g} g/kWh; is it in kg/kWh? set carbon.unit")
+                       f"{section}.max_gap_s={max_gap_s:g}; fill it or raise the bound")  # fmt: skip
+    if not price:
+        _check_intensity(values, path, [row[index] for row in rows], column, unit)
     step = int(np.median(steps))
     if stamp == "end":  # a stamp at an interval's end: the value held since the stamp before
         starts = np.concatenate(([starts[0] - step], starts[:-1]))
     return Trace(column, starts, values, step, interpolation, path)
 
 
+def _check_intensity(values: np.ndarray, path: str, cells: list[str], column: str, unit: str) -> None:
+    """What no grid can be, in gCO2/kWh. Prices have no such bounds: they fall below zero, and currencies differ."""
+    if (bad := np.flatnonzero(values < 0)).size:
+        raise BadInput(f"{path} row {bad[0] + 2}: {column} is {cells[bad[0]]}; intensity must be >= 0")
+    if (bad := np.flatnonzero(values > MAX_G_PER_KWH)).size:
+        raise BadInput(f"{path} row {bad[0] + 2}: {column} is {cells[bad[0]]} {unit} = {values[bad[0]]:,.0f} g/kWh, "
+                       f"above {MAX_G_PER_KWH:,.0f}, which no grid reaches; is carbon.unit right?")  # fmt: skip
+    if 0 < values.max() < 3:
+        raise BadInput(f"{path}: {column} never exceeds {values.max():.3g} g/kWh; is it in kg/kWh? set carbon.unit")
+
+
+def _read_columns(c, columns: list[str], section: str, optional: list[str] = ()) -> dict[str, Trace]:
+    """Columns of the trace that a section of the config describes, optional ones if it has them; its times are read once."""
+    header, rows = read_table(c.trace)
+    columns = [*columns, *(column for column in optional if column in header[1:])]
+    table = (header, rows, _parse_times([row[0] for row in rows], c.trace, 2, c.tz, section))
+    described = {"unit": c.unit, "tz": c.tz, "stamp": c.stamp, "interpolation": c.interpolation, "max_gap_s": c.max_gap_s}
+    return {column: read_trace(c.trace, column, **described, table=table, section=section) for column in dict.fromkeys(columns)}
+
+
 def load_traces(cfg, folder: Path | None = None, until_s: float = 0.0) -> dict[str, Trace]:
     """Every region a run needs (sites and baselines), checked to cover `clock.start`. Of a run with live signals: what was heard,
     from signals.csv in its folder, up to until_s seconds after its start."""
-    c = cfg.carbon
     if config.is_live(cfg):
         if folder is None:
             raise BadInput(f"signals.source={cfg.signals.source} has no trace ahead of time; only a run that was made has, in its folder")
         return Heard(cfg.sites, read_signals(folder / "signals.csv")).traces(cfg, until_s, str(folder / "signals.csv"))
-    start = config.start_unix(cfg)
-    regions = dict.fromkeys([site.region for site in cfg.sites.values()] + list(c.baseline_regions))
-    header, rows = read_table(c.trace)
-    table = (header, rows, _parse_times([row[0] for row in rows], c.trace, 2, c.tz))
-    traces = {}
-    for region in regions:
-        traces[region] = trace = read_trace(
-            c.trace,
-            region,
-            unit=c.unit,
-            tz=c.tz,
-            stamp=c.stamp,
-            interpolation=c.interpolation,
-            max_gap_s=c.max_gap_s,
-            table=table,
-        )
+    c, start = cfg.carbon, config.start_unix(cfg)
+    traces = _read_columns(c, [site.region for site in cfg.sites.values()] + list(c.baseline_regions), "carbon")
+    for trace in traces.values():
         if not trace.begin <= start < trace.end:
             raise BadInput(f"clock.start={cfg.clock.start} lies outside {c.trace}, which covers {iso(trace.begin)} to "
                            f"{iso(trace.end)}")  # fmt: skip
-    if cfg.policy.name == "threshold":
+    if cfg.policy.name in ("threshold", "break_even", "forecast_gate") and cfg.policy.objective == "carbon":
         stop = min(start + (cfg.clock.max_hours or 1e9) * 3600, min(t.end for t in traces.values()))
         low = cfg.policy.on_below_g_per_kwh
         if not any(traces[site.region].below(low, start, stop) for site in cfg.sites.values()):
@@ -268,8 +273,71 @@ def load_traces(cfg, folder: Path | None = None, until_s: float = 0.0) -> dict[s
     return traces
 
 
+def load_forecasts(cfg) -> dict[str, np.ndarray]:
+    """region -> (n, k) gCO2/kWh: the forecasts that stand beside a trace's n samples, columns f1..fk (of its only region) or
+    REGION_f1..REGION_fk, for the k steps after each sample. Raises BadInput where a site's region has none."""
+    c, out = cfg.carbon, {}
+    header, rows = read_table(c.trace)
+    regions = list(dict.fromkeys(site.region for site in cfg.sites.values()))
+    for region in regions:
+        prefix = f"{region}_f" if f"{region}_f1" in header else "f"
+        columns = [header.index(f"{prefix}{k}") for k in range(1, len(header)) if f"{prefix}{k}" in header]
+        if not columns or (prefix == "f" and len(regions) > 1):
+            raise BadInput(f"policy.forecast=issued: {c.trace} has no columns {region}_f1.. (f1.. with one region); add them, or take "
+                           "policy.forecast=yesterday")  # fmt: skip
+        try:
+            out[region] = G_PER_KWH[c.unit] * np.array([[float(row[i]) for i in columns] for row in rows])
+        except (ValueError, IndexError):
+            raise BadInput(f"{c.trace}: a forecast of {region} is not a number; fill the gap or cut the file") from None
+    return out
+
+
+def price_column(site) -> str:
+    """Column of the price trace that a site (its config section) pays by."""
+    return site.price_region or site.region
+
+
+def alone(cfg, region: str) -> tuple:
+    """(config section, price column) of the one site that trains in a baseline region: the region's own, else the first."""
+    own = next((s for s in cfg.sites.values() if s.region == region), None)
+    return (own, price_column(own)) if own else (next(iter(cfg.sites.values())), region)
+
+
+def load_prices(cfg, traces: dict[str, Trace] | None = None) -> dict[str, Trace] | None:
+    """Prices, currency/MWh, by column, of every site, and of the baseline regions that have one; None without a price trace.
+
+    Checked to cover what the intensity covers from `clock.start` on. The steps may differ.
+    """
+    if cfg.price.trace is None:
+        return None
+    start = config.start_unix(cfg)
+    if config.is_live(cfg):  # nobody knows how long it will take
+        traces, live_end = {}, start + 3600 * (cfg.clock.max_hours or 0.0)
+    else:
+        traces = traces or load_traces(cfg)
+    sites = [(price_column(site), site.region) for site in cfg.sites.values()]
+    others = [(alone(cfg, region)[1], region) for region in cfg.carbon.baseline_regions]
+    prices = _read_columns(cfg.price, [column for column, _ in sites], "price", [column for column, _ in others])
+    for column, region in sites + others:
+        price, end = prices.get(column), traces[region].end if traces else live_end
+        if price and (price.begin > start or price.end < end or end == start):
+            raise BadInput(f"price.trace={cfg.price.trace} covers {iso(price.begin)} to {iso(price.end)}, not all of {iso(start)} to "
+                           f"{iso(end)} of {region}; extend it, set clock.max_hours, or set price.trace=null")  # fmt: skip
+    return prices
+
+
+def currency(cfg) -> str | None:
+    """Of every cost of a run, e.g. USD; None without a price trace."""
+    return cfg.price.unit[:3] if cfg.price.trace else None
+
+
 def provenance(cfg, traces: dict[str, Trace]) -> dict:
-    c = cfg.carbon
+    def described(c) -> dict:
+        digest = hashlib.sha256(Path(c.trace).read_bytes()).hexdigest()
+        return {"trace": c.trace, "trace_sha256": digest, "unit": c.unit, "tz": c.tz, "stamp": c.stamp, "interpolation": c.interpolation}
+
+    price = described(cfg.price) | {"columns": {n: price_column(s) for n, s in cfg.sites.items()}} if cfg.price.trace else None
+    columns = {n: s.region for n, s in cfg.sites.items()}
     if config.is_live(cfg):
         path, s = Path(next(iter(traces.values())).source), cfg.signals
         unknown_s = {
@@ -277,10 +345,8 @@ def provenance(cfg, traces: dict[str, Trace]) -> dict:
         }
         return {"signals": s.source, "readings": str(path), "readings_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                 "unit": s.unit, "signal": config.signal_kind(cfg), "interpolation": "hold", "unknown_s": unknown_s,
-                "unknown_charged": UNKNOWN, "columns": {n: x.region for n, x in cfg.sites.items()}}  # fmt: skip
-    digest = hashlib.sha256(Path(c.trace).read_bytes()).hexdigest()
-    return {"trace": c.trace, "trace_sha256": digest, "unit": c.unit, "signal": c.signal, "tz": c.tz, "stamp": c.stamp,
-            "interpolation": c.interpolation, "columns": {n: s.region for n, s in cfg.sites.items()}}  # fmt: skip
+                "unknown_charged": UNKNOWN, "columns": columns, "price": price}  # fmt: skip
+    return described(cfg.carbon) | {"signal": cfg.carbon.signal, "columns": columns, "price": price}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -556,9 +622,15 @@ def energy_kwh(power: float, seconds: float) -> float:
     return power * seconds / 3600.0
 
 
+def charged(power, integral):
+    """kgCO2 of a constant power (kW), by the integral of intensity (gCO2/kWh = kg/MWh, x s); by that of price (currency/MWh, x s):
+    what it costs. Numbers or arrays."""
+    return power * integral / 3600.0 / 1000.0
+
+
 def emissions_kg(power: float, trace: Trace, t0: float, t1: float) -> float:
     """kgCO2 of a constant power (kW) over [t0, t1] UTC seconds: power x exact integral of the trace."""
-    return power * trace.integral(t0, t1) / 3600.0 / 1000.0
+    return charged(power, trace.integral(t0, t1))
 
 
 MODELLED = "idle_kw and train_kw"
@@ -595,10 +667,13 @@ def drawn(column: tuple, spec, readings: list[Reading] = ()) -> tuple[np.ndarray
     return codes, begins, ends, kw * scale[span], counts[span]
 
 
-def account(rows: "list[Interval] | Columns", cfg, traces: dict[str, Trace], readings: list[Reading] = ()) -> dict:
-    """Energy and emissions of a run, exact rule, measured where `readings` cover it.
-    -> {energy_kwh, emissions_kg, curtailed_share, energy_method, measured_share, sites: {...}}
+def account(
+    rows: "list[Interval] | Columns", cfg, traces: dict[str, Trace], readings: list[Reading] = (), prices: dict[str, Trace] | None = None
+) -> dict:
+    """Energy, emissions and cost of a run, exact rule, measured where `readings` cover it.
+    -> {energy_kwh, emissions_kg, cost, curtailed_share, energy_method, measured_share, sites: {...}}
 
+    cost: in the config's `currency`, below 0 where consumers are paid; None without prices.
     energy_method: model, or the meters that measured measured_share of the energy; mixed: several kinds.
     Raises BadInput if an interval that draws power leaves its trace.
     """
@@ -610,7 +685,8 @@ def account(rows: "list[Interval] | Columns", cfg, traces: dict[str, Trace], rea
         up = codes != CODES["off"]
         codes, t0, t1, kw, measured = codes[up], start + begins[up], start + ends[up], kw[up], measured[up]
         trace = traces[spec.region]
-        kwh, kg = energy_kwh(kw, t1 - t0), kw * trace.integrals(t0, t1) / 3600.0 / 1000.0
+        kwh, kg = energy_kwh(kw, t1 - t0), charged(kw, trace.integrals(t0, t1))
+        paid = None if prices is None else charged(kw, prices[price_column(spec)].integrals(t0, t1))
         curtailed = energy_kwh(kw, trace.seconds_below(low, t0, t1))
         hours = np.bincount(codes, t1 - t0, len(STATES)) / 3600
         sites[name] = {
@@ -618,8 +694,10 @@ def account(rows: "list[Interval] | Columns", cfg, traces: dict[str, Trace], rea
             "energy_method": _one_of({r.method for r in mine} if measured.any() else set()), "measured_kwh": float(kwh[measured].sum()),
             "train_hours": float(hours[CODES["training"]]), "up_hours": float(hours.sum() - hours[CODES["provisioning"]]),
             "kwh_by_state": _by_state(codes, kwh), "kg_by_state": _by_state(codes, kg),
+            "cost": None if paid is None else float(paid.sum()), "cost_by_state": None if paid is None else _by_state(codes, paid),
         }  # fmt: skip
     total = {k: sum(s[k] for s in sites.values()) for k in ("energy_kwh", "emissions_kg", "curtailed_kwh", "measured_kwh")}
+    total["cost"] = None if prices is None else sum(s["cost"] for s in sites.values())
     total["energy_method"] = _one_of({s["energy_method"] for s in sites.values()} - {"model"})
     for part in [total, *sites.values()]:
         for share in ("curtailed", "measured"):
@@ -631,6 +709,11 @@ def account(rows: "list[Interval] | Columns", cfg, traces: dict[str, Trace], rea
 def how_measured(part: dict) -> str:
     """Of an account or one of its sites, to go behind its kWh; empty for the model's."""
     return f", {100 * part['measured_share']:.0f} % measured ({part['energy_method']})" if part.get("measured_share") else ""
+
+
+def in_money(part: dict, cfg) -> str:
+    """Cost of an account or one of its sites, to go behind its kWh; empty without a price trace."""
+    return "" if part.get("cost") is None else f", {part['cost']:.4f} {currency(cfg)}"
 
 
 def _one_of(methods: set[str]) -> str:
@@ -662,16 +745,21 @@ def account_paper(rows: list[Interval], cfg, traces: dict[str, Trace], grid_s: f
     return total | {"sites": sites}
 
 
-def baselines(cfg, traces: dict[str, Trace], tokens: int) -> tuple[dict[str, float] | None, str | None]:
-    """kg for the same tokens at one site, continuous from the start, per baseline region; None and why if it cannot."""
-    start, out = config.start_unix(cfg), {}
+def baselines(
+    cfg, traces: dict[str, Trace], tokens: int, prices: dict[str, Trace] | None = None
+) -> tuple[dict[str, float] | None, dict[str, float | None] | None, str | None]:
+    """(kg, cost, None) for the same tokens at one site, continuous from the start, per baseline region; a cost is None where
+    there is no price. (None, None, why) if it cannot be."""
+    start, kg, cost = config.start_unix(cfg), {}, {}
     for region in cfg.carbon.baseline_regions:
-        spec = next((s for s in cfg.sites.values() if s.region == region), next(iter(cfg.sites.values())))
+        spec, column = alone(cfg, region)
         seconds = tokens / spec.tokens_per_s
         if start + seconds > traces[region].end:
-            return None, f"{seconds / 3600:.1f} h from {iso(start)} leave the trace, which ends {iso(traces[region].end)}"
-        out[region] = emissions_kg(spec.train_kw, traces[region], start, start + seconds)
-    return out, None
+            return None, None, f"{seconds / 3600:.1f} h from {iso(start)} leave the trace, which ends {iso(traces[region].end)}"
+        kg[region] = emissions_kg(spec.train_kw, traces[region], start, start + seconds)
+        if prices is not None:
+            cost[region] = charged(spec.train_kw, prices[column].integral(start, start + seconds)) if column in prices else None
+    return kg, None if prices is None else cost, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -679,14 +767,14 @@ def baselines(cfg, traces: dict[str, Trace], tokens: int) -> tuple[dict[str, flo
 
 
 def describe(argv: list[str]) -> int:
-    as_json, threshold = "--json" in argv, 100.0
+    as_json, threshold = "--json" in argv, None
     argv = [a for a in argv if a != "--json"]
     if "--threshold" in argv:
         i = argv.index("--threshold")
         try:
             threshold = float(argv[i + 1])
         except (IndexError, ValueError):
-            raise BadInput("--threshold needs a number in gCO2/kWh") from None
+            raise BadInput("--threshold needs a number in gCO2/kWh (of a price: in currency/MWh)") from None
         del argv[i : i + 2]
     if not argv:
         raise BadInput("describe needs a trace; say carbon.py describe TRACE.csv [column=... unit=... tz=...]")
@@ -695,6 +783,9 @@ def describe(argv: list[str]) -> int:
     if bad := [a for a in argv[1:] if a.split("=", 1)[0] not in known]:
         raise BadInput(f"unknown option {bad[0]!r}; options: {', '.join(sorted(known))} as key=value")
     columns = [options.pop("column")] if "column" in options else read_table(path)[0][1:]
+    price = config.PRICE_UNIT.fullmatch(options.get("unit", ""))
+    if price:
+        options = {"max_gap_s": config.Price.max_gap_s, "section": "price"} | options
     try:
         options |= {"max_gap_s": float(options["max_gap_s"])} if "max_gap_s" in options else {}
     except ValueError:
@@ -702,23 +793,25 @@ def describe(argv: list[str]) -> int:
     if options.get("stamp", "start") not in ("start", "end"):
         raise BadInput(f"stamp={options['stamp']} is not one of start, end")
     out = {}
+    unit, per, charge = (f"{price[1]}/MWh", "per_mwh", "cost") if price else ("gCO2/kWh", "g_per_kwh", "kg")
+    threshold = (0.0 if price else 100.0) if threshold is None else threshold
     for column in columns:
         t = read_trace(path, column, **options)
         seconds = t.end - t.begin
         inside = sum(b - a for a, b in t.windows(threshold))
         out[column] = {
             "begin": iso(t.begin), "end": iso(t.end), "samples": len(t.values), "step_s": t.step_s,
-            "mean_g_per_kwh": t.integral(t.begin, t.end) / seconds, "min_g_per_kwh": float(t.values.min()),
-            "max_g_per_kwh": float(t.values.max()), "kg_at_1_kw": emissions_kg(1.0, t, t.begin, t.end),
-            "kg_at_1_kw_to_last_sample": emissions_kg(1.0, t, t.begin, int(t.starts[-1])),
+            f"mean_{per}": t.integral(t.begin, t.end) / seconds, f"min_{per}": float(t.values.min()),
+            f"max_{per}": float(t.values.max()), f"{charge}_at_1_kw": charged(1.0, t.integral(t.begin, t.end)),
+            f"{charge}_at_1_kw_to_last_sample": charged(1.0, t.integral(t.begin, int(t.starts[-1]))),
             "share_below": inside / seconds, "windows": [[iso(a), iso(b)] for a, b in t.windows(threshold)],
         }  # fmt: skip
     if as_json:
-        print(json.dumps({"trace": path, "threshold_g_per_kwh": threshold, "columns": out}))
+        print(json.dumps({"trace": path, f"threshold_{per}": threshold, "columns": out}))
         return 0
     for column, d in out.items():
-        print(f"{column}: {d['begin']} to {d['end']}, {d['samples']} samples of {d['step_s']} s, mean {d['mean_g_per_kwh']:.1f}, "
-              f"min {d['min_g_per_kwh']:.0f}, max {d['max_g_per_kwh']:.0f} gCO2/kWh; below {threshold:g}: "
+        print(f"{column}: {d['begin']} to {d['end']}, {d['samples']} samples of {d['step_s']} s, mean {d[f'mean_{per}']:.1f}, "
+              f"min {d[f'min_{per}']:.0f}, max {d[f'max_{per}']:.0f} {unit}; below {threshold:g}: "
               f"{100 * d['share_below']:.1f} % in {len(d['windows'])} windows")  # fmt: skip
         for a, b in d["windows"][:12]:
             print(f"    {a} .. {b}")
@@ -745,11 +838,12 @@ def account_command(argv: list[str]) -> int:
     if cfg.clock.start == "now" and (folder / "config.yaml").is_file():
         cfg = config.begun(cfg, config.OmegaConf.load(folder / "config.yaml").clock.start)
     traces = load_traces(cfg, folder, max((row.end_s for row in rows), default=0.0))
+    prices = load_prices(cfg, traces)
     used = [row for row in rows if row.site in cfg.sites]
     if not used:
         raise BadInput(f"{argv[0]}: no row of a site of {argv[1]} ({', '.join(cfg.sites)})")
-    result = account(used, cfg, traces, readings) if rule == "exact" else account_paper(used, cfg, traces)
-    result["rule"] = rule
+    result = account(used, cfg, traces, readings, prices) if rule == "exact" else account_paper(used, cfg, traces)
+    result |= {"rule": rule, "cost": result.get("cost"), "currency": currency(cfg)}  # the paper's rule knows no prices
     if central := [row for row in rows if row.site == "centralized"]:
         result["baselines"] = {}
         spec = next(iter(cfg.sites.values()))
@@ -761,9 +855,9 @@ def account_command(argv: list[str]) -> int:
     if as_json:
         print(json.dumps(result))
         return 0
-    print(f"{rule} rule: {result['emissions_kg']:.4f} kgCO2, {result['energy_kwh']:.3f} kWh{how_measured(result)}")
+    print(f"{rule} rule: {result['emissions_kg']:.4f} kgCO2, {result['energy_kwh']:.3f} kWh{how_measured(result)}{in_money(result, cfg)}")
     for name, s in result["sites"].items():
-        print(f"  {name:18} {s['emissions_kg']:.4f} kgCO2  {s['energy_kwh']:.3f} kWh{how_measured(s)}")
+        print(f"  {name:18} {s['emissions_kg']:.4f} kgCO2  {s['energy_kwh']:.3f} kWh{how_measured(s)}{in_money(s, cfg)}")
     for region, kg in result.get("baselines", {}).items():
         print(f"  centralized in {region:12} {kg:.3f} kgCO2, ours is {100 * result['emissions_kg'] / kg:.1f} %")
     return 0

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -185,9 +186,20 @@ class Signals:
 
 
 @dataclass
+class Price:
+    trace: str | None = None  # CSV of electricity prices, as carbon.trace; null: no cost anywhere
+    unit: str = "USD/MWh"  # CURRENCY/MWh | CURRENCY/kWh: one three-letter currency for every column; prices may be negative
+    tz: str = "UTC"  # these four as in carbon
+    stamp: str = "start"
+    interpolation: str = "hold"
+    max_gap_s: float = 3600.0  # prices are often hourly
+
+
+@dataclass
 class Site:
     region: str = MISSING
     signal_url: str | None = None  # live signals: instead of signals.url
+    price_region: str | None = None  # column of price.trace; null: the one named as the region
     tokens_per_s: float = MISSING  # training rate: fixes the virtual clock, first guess on the wall clock
     idle_kw: float = MISSING  # drawn in every state but off and training
     train_kw: float = MISSING
@@ -244,6 +256,7 @@ class Config:
     policy: Policy = field(default_factory=Policy)
     carbon: Carbon = field(default_factory=Carbon)
     signals: Signals = field(default_factory=Signals)
+    price: Price = field(default_factory=Price)
     sites: dict[str, Site] = field(default_factory=dict)
     provision: Provision = field(default_factory=Provision)
     eval: Eval = field(default_factory=Eval)
@@ -271,14 +284,16 @@ CHOICES = {
     "signals.source": ("trace", "vessim", "watttime", "electricitymaps", "csv", "json"),
     "signals.unit": ("g/kWh", "kg/kWh", "kg/MWh", "lb/MWh"),
     "carbon.interpolation": ("hold", "linear"),
+    "price.stamp": ("start", "end"),
+    "price.interpolation": ("hold", "linear"),
     "provision.mode": ("resident",),
     "wandb.mode": ("offline", "online", "disabled"),
 }
 POSITIVE = (
     "budget.tokens", "model.depth", "model.seq_len", "data.tokens_per_step", "rounds.train_s", "rounds.grace_s",
     "rounds.max_offline_s", "rounds.rejoin_wait_s", "rounds.outer_lr", "sync.chunk_mb", "sync.heartbeat_s",
-    "carbon.max_gap_s", "carbon.pue", "signals.timeout_s", "signals.retry_s", "log.every_steps", "data.tokenizer_chars",
-    "policy.forecast_days", "policy.horizon_h", "policy.percentile_hours",
+    "carbon.max_gap_s", "carbon.pue", "price.max_gap_s", "signals.timeout_s", "signals.retry_s", "log.every_steps",
+    "data.tokenizer_chars", "policy.forecast_days", "policy.horizon_h", "policy.percentile_hours",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "data.val_tokens", "rounds.sync_s", "rounds.outer_momentum", "sync.port",
@@ -286,6 +301,7 @@ NOT_NEGATIVE = (
     "policy.min_on_s", "policy.min_off_s", "policy.forecast_decay_s", "policy.min_window_s", "policy.mix_kg_per_currency",
     "eval.every_rounds", "eval.tokens", "optim.warmup", "optim.warmdown",
 )  # fmt: skip
+PRICE_UNIT = re.compile(r"([A-Z]{3})/([Mk])Wh")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Live sources: default poll_s, max_age_s, url, and what kind of intensity it is (None: as carbon.signal says). WattTime issues a
 # forecast every 5 minutes; an hour of Electricity Maps is stamped with its start and may be an estimate that is a while late.
@@ -358,6 +374,8 @@ def _check(cfg: Config) -> None:
         value = OmegaConf.select(cfg, key)
         if value is not None and value <= 0:
             raise BadInput(f"{key}={value} must be > 0, or null")
+    if not PRICE_UNIT.fullmatch(cfg.price.unit):
+        raise BadInput(f"price.unit={cfg.price.unit} is not CURRENCY/MWh or CURRENCY/kWh with a three-letter currency, e.g. USD/MWh")
     if cfg.sync.port > 65535:
         raise BadInput(f"sync.port={cfg.sync.port} must be <= 65535")
     for key in ("optim.betas", "optim.muon_momentum"):
@@ -403,6 +421,12 @@ def _check(cfg: Config) -> None:
         raise BadInput("sync.wire=auto on the virtual clock: nothing is measured there; set sync.link_gbit, or fp32, bf16 or int8")
     if not 0 < cfg.policy.percentile <= 100:
         raise BadInput(f"policy.percentile={cfg.policy.percentile} must be > 0 and <= 100, the share of the time to run in")
+    if by_price(cfg) and cfg.price.trace is None:
+        raise BadInput(f"policy.objective={cfg.policy.objective}, policy.cap_price_per_mwh={cfg.policy.cap_price_per_mwh}: needs prices; "
+                       "set price.trace")  # fmt: skip
+    if is_live(cfg) and (cfg.policy.name == "oracle" or cfg.policy.forecast == "truth"):
+        raise BadInput(f"policy.name={cfg.policy.name}, policy.forecast={cfg.policy.forecast}: live signals do not know the truth; "
+                       "take plan, with forecast persistence, yesterday or issued")  # fmt: skip
     if cfg.policy.name == "deadline" and cfg.policy.deadline_h is None:
         raise BadInput("policy.name=deadline needs policy.deadline_h, hours from clock.start by which the budget must be trained")
     if cfg.policy.off_above_g_per_kwh < cfg.policy.on_below_g_per_kwh:
@@ -538,16 +562,23 @@ def train_digest(cfg: Config) -> str:
     return _digest(parts | {"model": model, "data": data, "sync": sync, "clock_mode": c["clock"]["mode"]})
 
 
+def by_price(cfg: Config) -> bool:
+    """Does the policy decide by prices?"""
+    return cfg["policy"].get("objective", "carbon") != "carbon" or cfg["policy"].get("cap_price_per_mwh") is not None
+
+
 def schedule_digest(cfg: Config) -> str:
-    """Digest of what decides when sites train and what it costs; a resumed run must match it too."""
+    """Digest of what decides when sites train and what they emit; a resumed run must match it too. Prices are part of it where
+    the policy decides by them."""
     c = plain(cfg)
-    machine = ("signal_url", "device", "device_batch", "ranks", "parallel", "checkpointing", "energy", "peak_tflops", "threads_local",
-               "threads_federated")  # fmt: skip
+    paid = by_price(cfg)
+    machine = ("signal_url", *(() if paid else ("price_region",)), "device", "device_batch", "ranks", "parallel", "checkpointing",
+               "energy", "peak_tflops", "threads_local", "threads_federated")  # fmt: skip
     sites = {n: {k: v for k, v in s.items() if k not in machine} for n, s in c["sites"].items()}
     clock = dict(c["clock"])
     if clock["mode"] == "wall":  # a run that ended at its limit may go on under a later one
         del clock["max_hours"]
-    parts = {k: c[k] for k in ("policy", "carbon")} | {"clock": clock, "sites": sites}
+    parts = {k: c[k] for k in ("policy", "carbon", *(("price",) if paid else ()))} | {"clock": clock, "sites": sites}
     if c.get("signals", {}).get("source", "trace") != "trace":  # a live run starts when it starts, and may be asked elsewhere
         del clock["start"]
         parts["signals"] = {k: c["signals"][k] for k in ("source", "path", "time_path", "unit_path", "unit", "max_age_s")}

@@ -75,6 +75,7 @@ class Coordinator:
         self.journal = Journal(self.dir / "journal.jsonl")
         self.vault = Vault(cfg, self.dir / "state", self._has_written)
         cfg, self.live = self.cfg, self._open_signals(sources)
+        self.prices = carbon.load_prices(cfg, self.trace)
         self.run, self.samples = simulate.new_run(cfg, self.trace, self.live)
         self.incarnations: dict[str, str] = {}  # of each site's last process
         self.energy = report.Lines(self.dir / "energy.csv", carbon.READINGS)
@@ -236,7 +237,7 @@ class Coordinator:
         for record in records:
             if line := report.describe(record, self.cfg, self.run):
                 print(line, flush=True)
-            self.panel.log(record, self.run, self.traces, self._intervals(record["t_s"]), self.readings)
+            self.panel.log(record, self.run, self.traces, self.prices, self._intervals(record["t_s"]), self.readings)
 
     def execute(self, t: float, action: Action, run: Run) -> None:
         """Carry out one action, waiting for the sites where the next decision needs them."""
@@ -371,7 +372,7 @@ class Coordinator:
             for site, mci, ahead in self.samples.due(self.t):
                 run.observe(self.t, site, mci, ahead)
                 if mci is not None:
-                    self.hub.send(site, {"type": "signal", "t_s": self.t, "mci": mci})
+                    self.hub.send(site, {"type": "signal", "t_s": self.t, "mci": mci, "price": self._price(site, self.t)})
             if self.live:
                 self._record([{"t_s": round(self.t, 6)} | news for news in self.live.news()])
             for name, site in run.schedule.sites.items():
@@ -466,21 +467,29 @@ class Coordinator:
         self.hub.send(site, {"type": "fetch", "id": self.fetch_id, "round": round_, "digest": digest, "numel": self.vault.numel,
                              "own_disk": own_disk or self.cfg.sites[site].keep_disk, "rewind": self.run.round})  # fmt: skip
 
-    def _signal(self, site: str, t0: float, t1: float) -> list[list[float]]:
-        """What the site's grid reported from t0 to t1, as [t_s, gCO2/kWh]: for its own log."""
+    def _signal(self, site: str, t0: float, t1: float) -> list[list[float | None]]:
+        """What the site's grid reported from t0 to t1, as [t_s, gCO2/kWh, currency/MWh or None]: for its own log."""
         trace, start = self.traces[self.cfg.sites[site].region], config.start_unix(self.cfg)
-        edges = [float(s - start) for s in trace.starts if t0 < s - start < t1]
-        return [[t, trace.at(start + t)] for t in [t0, *edges] if trace.begin <= start + t < trace.end]
+        both = [trace] if self.prices is None else [trace, self.prices[carbon.price_column(self.cfg.sites[site])]]
+        edges = sorted({float(s - start) for one in both for s in one.starts if t0 < s - start < t1})
+        return [[t, trace.at(start + t), self._price(site, t)] for t in [t0, *edges] if trace.begin <= start + t < trace.end]
+
+    def _price(self, site: str, t: float) -> float | None:
+        """Currency/MWh that the site pays at run time t; None without prices, or past their end."""
+        if self.prices is None:
+            return None
+        prices, now = self.prices[carbon.price_column(self.cfg.sites[site])], config.start_unix(self.cfg) + t
+        return prices.at(now) if now < prices.end else None
 
     def _intervals(self, t: float) -> list[carbon.Interval]:
         """Who was in which power state up to t, as far as the trace can account for it."""
         return self.run.meter.closed(min(t, self.run.facts.end_s))
 
     def _spent(self, site: str) -> dict:
-        """What the site has drawn and emitted up to now, exact rule: the base of its log of the coming round."""
+        """What the site has drawn, emitted and cost up to now, exact rule: the base of its log of the coming round."""
         rows = [r for r in self._intervals(self.t) if r.site == site]
-        spent = carbon.account(rows, self.cfg, self.traces, self.readings)["sites"][site]
-        return {"energy_kwh": spent["energy_kwh"], "emissions_kg": spent["emissions_kg"]}
+        spent = carbon.account(rows, self.cfg, self.traces, self.readings, self.prices)["sites"][site]
+        return {key: spent[key] for key in ("energy_kwh", "emissions_kg", "cost")}
 
     # -- hearing the sites --------------------------------------------------------------------------------------------
 
@@ -766,7 +775,7 @@ def run_command(argv: list[str]) -> int:
     except BaseException:
         c.give_up()
         raise
-    summary = report.write_summary(c.dir, cfg, c.traces)
+    summary = report.write_summary(c.dir, cfg, c.traces, c.prices)
     c.panel.finish(summary)
     print(report.table(summary, cfg), flush=True)
     if code:

@@ -301,7 +301,8 @@ def model_card(stored: Stored, round_: int, run: Path, cfg) -> str:
         lines += [
             "", f"| the run, over its {total['rounds']} rounds | |", "| --- | ---: |", f"| training tokens | {total['tokens']:,} |",
             f"| validation loss | {loss} |", f"| energy | {total['energy_kwh']:.4g} kWh |",
-            f"| emissions | {total['emissions_kg']:.4g} kgCO2 |", "",
+            f"| emissions | {total['emissions_kg']:.4g} kgCO2 |",
+            *([] if total.get("cost") is None else [f"| cost of the energy | {total['cost']:.4g} {total['currency']} |"]), "",
             f"Energy and emissions are as the run accounted them ({cfg.clock.mode} clock, carbon trace `{Path(cfg.carbon.trace).name}`).",
         ]  # fmt: skip
     else:

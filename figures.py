@@ -4,8 +4,9 @@
 
 Of each run: timeline (grids above, who trained below) and power (kW and kgCO2/h over time). Of all runs together:
 perplexity (over time), emissions (beside the baselines and the floor), curtailed (share of the energy inside windows),
-loss_over_kgco2, and table.md. Each as PNG and PDF with the command that made it in its metadata; report.html holds all
-of it, with configs and provenance, in one file that needs no network. Readable in grey.
+loss_over_kgco2, and table.md. With a price trace: prices in the timeline; cost/h, and kgCO2 and cost so far, in power;
+cost beside emissions; loss_over_cost; a column of the table. Each as PNG and PDF with the command that made it in its
+metadata; report.html holds all of it, with configs and provenance, in one file that needs no network. Readable in grey.
 """
 
 import base64
@@ -46,14 +47,15 @@ def load(run_dir: Path) -> dict:
     cfg = OmegaConf.merge(OmegaConf.structured(config.Config), OmegaConf.load(run_dir / "config.yaml"))
     rows = carbon.read_intervals(str(run_dir / "intervals.csv"))
     run = {
-        "dir": run_dir, "cfg": cfg, "traces": carbon.load_traces(cfg, run_dir, max((r.end_s for r in rows), default=0.0)),
+        "dir": run_dir, "cfg": cfg, "traces": (traces := carbon.load_traces(cfg, run_dir, max((r.end_s for r in rows), default=0.0))),
+        "prices": carbon.load_prices(cfg, traces),
         "records": effective(read_journal(run_dir / "journal.jsonl")), "rows": rows, "steps": report.load_steps(run_dir, cfg.sites),
         "readings": carbon.readings_of(run_dir),
     }  # fmt: skip
     tally = report.Tally(cfg.sites)
     for record in run["records"]:
         tally.add(record)
-    return run | {"summary": report.summarize(tally, run["rows"], run["steps"], cfg, run["traces"], run["readings"])}
+    return run | {"summary": report.summarize(tally, run["rows"], run["steps"], cfg, traces, run["readings"], run["prices"])}
 
 
 def moment(unix: float):
@@ -81,11 +83,12 @@ def timeline(run: dict):
     sites = list(cfg.sites)
     end_s = max(r.end_s for r in rows)
     style = {name: (COLORS[i % len(COLORS)], LINES[i % len(LINES)]) for i, name in enumerate(sites)}
+    priced = [0.9] if run["prices"] else []
     fig, axes = plt.subplots(
-        len(sites) + 2, 1, sharex=True, figsize=(10.5, 3.7 + 1.25 * len(sites)),
-        gridspec_kw={"height_ratios": [0.16, 1.75, *[1] * len(sites)], "hspace": 0.12},
+        len(sites) + 2 + len(priced), 1, sharex=True, figsize=(10.5, 3.7 + 1.25 * len(sites) + sum(priced)),
+        gridspec_kw={"height_ratios": [0.16, 1.75, *priced, *[1] * len(sites)], "hspace": 0.12},
     )  # fmt: skip
-    strip, top, panels = axes[0], axes[1], axes[2:]
+    strip, top, panels = axes[0], axes[1], axes[2 + len(priced) :]
     for mode, a, b in modes(rows, end_s):
         strip.axvspan(moment(start + a), moment(start + b), color=MODES[mode], lw=0)
         if b - a > 0.055 * end_s:
@@ -109,6 +112,16 @@ def timeline(run: dict):
         top.axhline(threshold, color=INK, lw=0.9)
         top.annotate(f"threshold {threshold:g}", (1.0, threshold), xycoords=("axes fraction", "data"), xytext=(-4, 3),
                      textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color=INK)  # fmt: skip
+    if priced:
+        for name in sites:
+            prices = run["prices"][carbon.price_column(cfg.sites[name])]
+            first, last = np.searchsorted(prices.starts, (start, start + end_s), side="right") - 1
+            edges = np.clip(np.append(prices.starts[first : last + 1], prices.end), start, start + end_s)
+            heights = np.append(prices.values[first : last + 1], prices.values[last])
+            color, line = style[name]
+            axes[2].step([moment(t) for t in edges], heights, where="post", color=color, ls=line, lw=1.5)
+        axes[2].axhline(0.0, color=INK, lw=0.6)
+        axes[2].set_ylabel(f"price,\n{run['summary']['currency']}/MWh")
     top.set_ylim(-25, highest * 1.24)
     top.set_ylabel("marginal carbon\nintensity, gCO$_2$/kWh")
     top.legend(loc="upper center", ncols=min(3, len(sites)), frameon=False, fontsize=9, borderaxespad=0.3)
@@ -159,13 +172,14 @@ def runs_of(trained: list[carbon.Interval], gap_s: float = 300.0) -> list[tuple[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Power, energy and emissions
+# Power, energy, emissions and cost
 
 
-def draw(run: dict, site: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a site drew: edges (n + 1,) s since clock.start, kW (n,), gCO2/kWh (n,), constant in between."""
+def draw(run: dict, site: str, paid: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a site drew: edges (n + 1,) s since clock.start, kW (n,), gCO2/kWh (paid: currency/MWh) (n,), constant in between."""
     cfg, start = run["cfg"], config.start_unix(run["cfg"])
-    spec, trace = cfg.sites[site], run["traces"][cfg.sites[site].region]
+    spec = cfg.sites[site]
+    trace = run["prices"][carbon.price_column(spec)] if paid else run["traces"][spec.region]
     rows = run["rows"]
     column = (rows if isinstance(rows, dict) else carbon.columns(rows))[site]
     _, begins, ends, kw, _ = carbon.drawn(column, spec, [r for r in run["readings"] if r.site == site])
@@ -176,12 +190,12 @@ def draw(run: dict, site: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return edges, kw[now], trace.values[last]
 
 
-def emitted_kg(run: dict, times: np.ndarray) -> np.ndarray:
-    """kgCO2 of all sites from the start to each of the times (s since clock.start)."""
+def emitted_kg(run: dict, times: np.ndarray, paid: bool = False) -> np.ndarray:
+    """kgCO2 (paid: cost, in the run's currency) of all sites from the start to each of the times (s since clock.start)."""
     total = np.zeros(len(times))
     for site in run["cfg"].sites:
-        edges, kw, mci = draw(run, site)
-        grown = np.concatenate(([0.0], np.cumsum(kw * mci * np.diff(edges)))) / 3.6e6
+        edges, kw, value = draw(run, site, paid)
+        grown = np.concatenate(([0.0], np.cumsum(carbon.charged(kw, value * np.diff(edges)))))
         total += np.interp(times, edges, grown)
     return total
 
@@ -199,29 +213,45 @@ def bare(*axes) -> None:
 
 
 def power(run: dict):
-    """Power of each site, and below it the emission rate of all, over time."""
+    """Power of each site, and below it the emission rate of all, over time; with prices, also cost, and both added up."""
     start, end_s, sites = config.start_unix(run["cfg"]), max(r.end_s for r in run["rows"]), list(run["cfg"].sites)
-    heights = [1] * len(sites) + [1.9]
-    fig, axes = plt.subplots(len(heights), 1, sharex=True, figsize=(10.5, 2.4 + 0.85 * len(sites)),
+    heights = [1] * len(sites) + ([1.6, 1.4, 1.4] if run["prices"] else [1.9])
+    fig, axes = plt.subplots(len(heights), 1, sharex=True, figsize=(10.5, 0.8 + 0.85 * sum(heights)),
                              gridspec_kw={"hspace": 0.18, "height_ratios": heights})  # fmt: skip
-    panels, rate = axes[:-1], axes[-1]
+    panels, rates = axes[: len(sites)], axes[len(sites) : len(sites) + (2 if run["prices"] else 1)]
     draws = [draw(run, site) for site in sites]
     most = max([run["cfg"].sites[s].train_kw for s in sites] + [float(kw.max()) for _, kw, _ in draws])
-    for i, (panel, site, (edges, kw, mci)) in enumerate(zip(panels, sites, draws)):
+    for i, (panel, site, (edges, kw, _)) in enumerate(zip(panels, sites, draws)):
         when, color = [moment(start + t) for t in edges], COLORS[i % len(COLORS)]
         panel.fill_between(when, np.append(kw, kw[-1]), step="post", color=color, alpha=0.75, lw=0)
         panel.set_ylim(0, 1.15 * most)
         panel.set_ylabel(f"{site.replace('_', chr(10))}\nkW", fontsize=8.5)
-        rate.step(when, np.append(kw * mci, 0.0) / 1000, where="post", color=color, ls=LINES[i % len(LINES)], lw=1.5,
-                  label=site.replace("_", " "))  # fmt: skip
-    rate.set_ylabel("kgCO$_2$/h")
-    rate.set_ylim(bottom=0)
-    clock_axis(rate, start, end_s)
-    rate.set_xlabel(f"UTC, from {carbon.iso(start)[:10]}")
-    fig.legend(*rate.get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 0.89), ncols=6, frameon=False, fontsize=9)
+    for paid, (rate, unit) in enumerate(zip(rates, ("kgCO$_2$", run["summary"]["currency"]))):
+        for i, site in enumerate(sites):
+            edges, kw, value = draw(run, site, bool(paid))
+            rate.step([moment(start + t) for t in edges], np.append(kw * value, 0.0) / 1000, where="post", color=COLORS[i % len(COLORS)],
+                      ls=LINES[i % len(LINES)], lw=1.5, label=site.replace("_", " "))  # fmt: skip
+        rate.set_ylabel(f"{unit}/h")
+    rates[0].set_ylim(bottom=0)
+    if run["prices"]:
+        rates[1].axhline(0.0, color=INK, lw=0.6)
+        so_far(run, axes[-1], start, end_s)
+    clock_axis(axes[-1], start, end_s)
+    axes[-1].set_xlabel(f"UTC, from {carbon.iso(start)[:10]}")
+    fig.legend(*rates[0].get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 0.89), ncols=6, frameon=False, fontsize=9)
     bare(*axes)
     fig.align_ylabels(axes)
     return fig
+
+
+def so_far(run: dict, axis, start: int, end_s: float) -> None:
+    """Emissions (left, solid) and cost (right, dashed) of all sites from the start to each time."""
+    times = np.unique(np.concatenate([[0.0, end_s], *(draw(run, site, paid)[0] for site in run["cfg"].sites for paid in (False, True))]))
+    for paid, (side, unit) in enumerate(((axis, "kgCO$_2$"), (axis.twinx(), run["summary"]["currency"]))):
+        side.plot([moment(start + t) for t in times], emitted_kg(run, times, bool(paid)), color=RUN_COLORS[paid], ls=LINES[paid], lw=1.6)
+        side.set_ylabel(f"{unit} so far\n({'dashed' if paid else 'solid'})", color=RUN_COLORS[paid])
+        side.spines["top"].set_visible(False)
+        side.tick_params(labelsize=8.5)
 
 
 def bars(labels: list[str], form: str, unit: str):
@@ -255,6 +285,31 @@ def emissions(runs: list[dict]):
     axis.set_xlabel("emissions of the whole run, kgCO$_2$")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9)
+    return fig
+
+
+def priced(runs: list[dict]) -> list[dict]:
+    """The runs whose cost can stand on one axis: those with prices, if all of them are in one currency."""
+    some = [run for run in runs if run["prices"]]
+    currencies = sorted({run["summary"]["currency"] for run in some})
+    if len(currencies) > 1:
+        print(f"no figure of cost: {', '.join(currencies)} cannot share an axis; see table.md", file=sys.stderr)
+    return some if len(currencies) == 1 else []
+
+
+def cost(runs: list[dict]):
+    """Total cost of each run beside the same tokens at one site without pause; below 0 the grid paid for it."""
+    first = next((r for r in runs if r["summary"]["baselines_cost"]), runs[0])
+    alone = {region: paid for region, paid in (first["summary"]["baselines_cost"] or {}).items() if paid is not None}
+    totals = [r["summary"]["cost"] for r in runs] + list(alone.values())
+    fig, axis, put = bars([r["cfg"].run for r in runs] + [f"{region} alone, always on" for region in alone], ".3g", "")
+    for i, paid in enumerate(totals):
+        style = {"color": RUN_COLORS[0]} if i < len(runs) else {"color": "#d9dde0", "hatch": "///"}
+        put(i, paid, at=max(paid, 0.0), **style)
+    axis.axvline(0.0, color=INK, lw=0.8)
+    room = 0.14 * (max(0.0, *totals) - min(0.0, *totals))
+    axis.set_xlim(min(0.0, *totals) - 0.3 * room, max(0.0, *totals) + room)
+    axis.set_xlabel(f"cost of the whole run, {first['summary']['currency']}")
     return fig
 
 
@@ -309,7 +364,6 @@ def lines_of(runs: list[dict], over, xlabel: str, transform, ylabel: str):
         low, high = min(t.min() for t in tails), max(t.max() for t in tails)
         axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize=9)
-    axis.set_xlim(left=0)
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     axis.grid(color="#e6e6e6", lw=0.6)
@@ -321,6 +375,7 @@ def perplexity(runs: list[dict]):
     """Smoothed train perplexity over the hours since the start."""
     fig = lines_of(runs, lambda run, t: t / 3600, "hours since the start", np.exp, "train perplexity (EMA 0.99), log scale")
     axis = fig.axes[0]
+    axis.set_xlim(left=0)
     axis.set_yscale("log")
     for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         which("{x:g}")
@@ -329,17 +384,27 @@ def perplexity(runs: list[dict]):
 
 def loss_over_kgco2(runs: list[dict]):
     """Smoothed train loss over the kgCO2 spent for it; a ring: the final validation loss."""
-    fig = lines_of(runs, emitted_kg, "emissions so far, kgCO$_2$", lambda y: y, "train loss (EMA 0.99), nats/token")
+    fig = loss_over(runs, emitted_kg, "emissions_kg", "emissions so far, kgCO$_2$")
+    fig.axes[0].set_xlim(0, 1.05 * max(r["summary"]["emissions_kg"] for r in runs))
+    return fig
+
+
+def loss_over_cost(runs: list[dict]):
+    """Smoothed train loss over the cost so far, which falls while the price is below 0; a ring: the final validation loss."""
+    return loss_over(runs, lambda run, t: emitted_kg(run, t, paid=True), "cost", f"cost so far, {runs[0]['summary']['currency']}")
+
+
+def loss_over(runs: list[dict], over, total: str, xlabel: str):
+    fig = lines_of(runs, over, xlabel, lambda y: y, "train loss (EMA 0.99), nats/token")
     axis = fig.axes[0]
     measured = [(i, r["summary"]) for i, r in enumerate(runs) if r["summary"]["val_loss"] is not None and r["steps"]]
     for i, s in measured:
-        axis.plot(s["emissions_kg"], s["val_loss"], MARKERS[i % 6], ms=10, mfc="none", mec=RUN_COLORS[i % 6], mew=2, clip_on=False)
+        axis.plot(s[total], s["val_loss"], MARKERS[i % 6], ms=10, mfc="none", mec=RUN_COLORS[i % 6], mew=2, clip_on=False)
     if measured:
         low, high = axis.get_ylim()
         losses = [s["val_loss"] for _, s in measured]
         axis.set_ylim(min(low, min(losses) - 0.05 * (high - low)), max(high, max(losses)))
-        axis.set_xlim(right=1.05 * max(r["summary"]["emissions_kg"] for r in runs))
-        axis.set_xlabel("emissions so far, kgCO$_2$ (large open marks: validation loss at the end)")
+        axis.set_xlabel(f"{xlabel} (large open marks: validation loss at the end)")
     return fig
 
 
@@ -350,16 +415,23 @@ COLUMNS = ("scenario", "runtime, h", "training site-hours", "energy, kWh", "emis
            "validation loss, nats/token", "simulated")  # fmt: skip
 
 
-def cells(run: dict) -> list[str]:
+def columns_of(runs: list[dict]) -> tuple[str, ...]:
+    return COLUMNS[:5] + ("cost",) * any(run["prices"] for run in runs) + COLUMNS[5:]
+
+
+def cells(run: dict, with_cost: bool) -> list[str]:
     s = run["summary"]
     numbers = [(s["runtime_h"], ".2f"), (s["train_site_hours"], ".2f"), (s["energy_kwh"], ".2f"), (s["emissions_kg"], ".3f"),
                (s["train_ppl_best"], ".3f"), (s["val_loss"], ".4f")]  # fmt: skip
-    return [run["cfg"].run, *("" if v is None else format(v, form) for v, form in numbers), "" if run["steps"] else "yes"]
+    cells = [run["cfg"].run, *("" if v is None else format(v, form) for v, form in numbers), "" if run["steps"] else "yes"]
+    cost = "" if s["cost"] is None else f"{s['cost']:.3f} {s['currency']}"
+    return cells[:5] + [cost] * with_cost + cells[5:]
 
 
 def table(runs: list[dict]) -> str:
     """The runs side by side, as Markdown."""
-    lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 2), "---"], *map(cells, runs)]
+    columns = columns_of(runs)
+    lines = [columns, ["---", *["---:"] * (len(columns) - 2), "---"], *(cells(run, "cost" in columns) for run in runs)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -372,8 +444,9 @@ figcaption{color:#566;font-size:.9rem;margin-bottom:2rem}"""
 def page(runs: list[dict], pictures: list[tuple[str, str, Path]]) -> str:
     """report.html: table, figures, configs and provenance in one file. pictures: (title, what it shows, PNG)."""
     e = html.escape
-    head = "".join(f"<th>{e(c)}</th>" for c in COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{e(c)}</td>" for c in cells(run)) + "</tr>" for run in runs)
+    columns = columns_of(runs)
+    head = "".join(f"<th>{e(c)}</th>" for c in columns)
+    body = "".join("<tr>" + "".join(f"<td>{e(c)}</td>" for c in cells(run, "cost" in columns)) + "</tr>" for run in runs)
     parts = [f"<h1>{e(', '.join(r['cfg'].run for r in runs))}</h1>", f"<table><tr>{head}</tr>{body}</table>"]
     for title, shows, path in pictures:
         data = base64.b64encode(path.read_bytes()).decode()
@@ -413,11 +486,13 @@ def draw_all(runs: list[dict], folder: Path) -> list[Path]:
         for make in (timeline, power):
             path = save(make(run), folder, make.__name__ + tail)
             pictures.append((f"{make.__name__}: {run['cfg'].run}", first_line(make), path))
-    for make in (perplexity, loss_over_kgco2):
-        if any(run["steps"] for run in runs):
-            pictures.append((make.__name__, first_line(make), save(make(runs), folder, make.__name__)))
-    for make in (emissions, curtailed):
-        pictures.append((make.__name__, first_line(make), save(make(runs), folder, make.__name__)))
+    with_cost = priced(runs)
+    for make, some in ((perplexity, runs), (loss_over_kgco2, runs), (loss_over_cost, with_cost)):
+        if any(run["steps"] for run in some):
+            pictures.append((make.__name__, first_line(make), save(make(some), folder, make.__name__)))
+    for make, some in ((emissions, runs), (cost, with_cost), (curtailed, runs)):
+        if some:
+            pictures.append((make.__name__, first_line(make), save(make(some), folder, make.__name__)))
     (folder / "table.md").write_text(table(runs))
     (folder / "report.html").write_text(page(runs, pictures))
     return [path for _, _, path in pictures] + [folder / "table.md", folder / "report.html"]

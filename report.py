@@ -96,10 +96,11 @@ def step_line(cfg, site: str, p: dict, run, predicted_end_s: float | None) -> st
     wall = "   ?" if predicted_end_s is None else f"{max(0.0, predicted_end_s - p['t_s']) / 3600:4.1f}"
     mfu = f"  MFU {p['mfu']:4.1%}" if p.get("mfu") else ""
     mci = "   ?" if p["mci_g_per_kwh"] is None else f"{p['mci_g_per_kwh']:4.0f}"
+    cost = "" if p.get("cost") is None else f"  {p['cost']:7.3f} {carbon.currency(cfg)}"
     return (
         f"{site:15} | {clock(cfg, p['t_s'])} {p['mode']:9} MCI {mci}  round {p['round']:3d}  step {p['step']:5d}/{num_steps} "
         f"({100 * p['step'] / num_steps:4.1f} %)  loss {p['loss']:.3f}  tok/s {p['tok_per_s']:8,.0f}{mfu}  {p['energy_kwh']:6.2f} kWh  "
-        f"{1000 * p['emissions_kg']:6.0f} gCO2  eta {train_h:4.1f} h train / {wall} h wall"
+        f"{1000 * p['emissions_kg']:6.0f} gCO2{cost}  eta {train_h:4.1f} h train / {wall} h wall"
     )
 
 
@@ -153,7 +154,7 @@ class Panel:
                 resume="allow" if cfg.wandb.mode == "online" else None, dir=str(config.run_dir(cfg)), config=config.plain(cfg),
                 settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True),
             )  # fmt: skip
-            for axis in ("tokens", "hours", "emissions/kg"):
+            for axis in ("tokens", "hours", "emissions/kg", *([cost_key(cfg)] if cfg.price.trace else [])):
                 self.wandb.define_metric(axis)
             self.wandb.define_metric("*", step_metric="tokens")
 
@@ -168,8 +169,10 @@ class Panel:
     def step(self, record: dict, mode: str) -> None:
         self.lines.add(record)
         if self.wandb:
-            mfu = {"perf/mfu": record["wall"]["mfu"]} if "mfu" in record["wall"] else {}
-            self.wandb.log(mfu | {
+            more = {"perf/mfu": record["wall"]["mfu"]} if "mfu" in record["wall"] else {}
+            if record.get("cost") is not None:
+                more |= {cost_key(self.cfg): record["cost"], "price/per_mwh": record["price_per_mwh"]}
+            self.wandb.log(more | {
                 "tokens": record["tokens"], "hours": record["t_s"] / 3600, "emissions/kg": record["emissions_kg"],
                 "train/loss": record["loss"], "train/ppl": math.exp(min(record["loss"], 50.0)), "train/lr": record["lr"],
                 "perf/tok_per_s": record["tok_per_s"], "carbon/mci_g_per_kwh": record["mci_g_per_kwh"],
@@ -177,26 +180,34 @@ class Panel:
                 "energy/method": record.get("energy_method", "model"),
             })  # fmt: skip
 
-    def log(self, record: dict, run, traces, rows: list[carbon.Interval], readings: list[carbon.Reading]) -> None:
+    def log(self, record: dict, run, traces, prices, rows: list[carbon.Interval], readings: list[carbon.Reading]) -> None:
         """The coordinator's run: totals at each commit, validation when measured."""
         if not self.wandb or record["type"] not in ("commit", "eval"):
             return
         cfg = self.cfg
-        total = carbon.account(rows, cfg, traces, readings)
+        total = carbon.account(rows, cfg, traces, readings, prices)
         row = {"tokens": run.committed_tokens, "hours": record["t_s"] / 3600, "emissions/kg": total["emissions_kg"],
                "energy/kwh": total["energy_kwh"], "energy/method": total["energy_method"], "site/mode": run.mode}  # fmt: skip
         if record["type"] == "eval":
             row |= {"val/loss": record["val_loss"], "val/bpb": record["val_bpb"]}
-        start = config.start_unix(cfg)
-        for region in {s.region for s in cfg.sites.values()}:
-            if start + record["t_s"] < traces[region].end:
-                row[f"carbon/{region}"] = traces[region].at(start + record["t_s"])
+        if total["cost"] is not None:
+            row[cost_key(cfg)] = total["cost"]
+        now = config.start_unix(cfg) + record["t_s"]
+        for kind, known in (("carbon", traces), ("price", prices or {})):
+            shown = {carbon.price_column(s) if kind == "price" else s.region for s in cfg.sites.values()}
+            row |= {f"{kind}/{column}": known[column].at(now) for column in shown if column in known and now < known[column].end}
         self.wandb.log(row)
 
     def finish(self, summary: dict) -> None:
         if self.wandb:
-            self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, (int, float)) or k == "energy_method"})
+            words = ("energy_method", "currency")
+            self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, (int, float)) or k in words})
             self.wandb.finish()
+
+
+def cost_key(cfg) -> str:
+    """What wandb calls the cost so far, e.g. cost/usd."""
+    return f"cost/{carbon.currency(cfg).lower()}"
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -254,13 +265,14 @@ def up_hours(column: tuple, until_s: float) -> float:
 
 
 def summarize(
-    tally: Tally, rows: "list[carbon.Interval] | carbon.Columns", steps: list[dict], cfg, traces, readings: list[carbon.Reading] = ()
-) -> dict:
+    tally: Tally, rows: "list[carbon.Interval] | carbon.Columns", steps: list[dict], cfg, traces, readings: list[carbon.Reading] = (),
+    prices: dict[str, carbon.Trace] | None = None,
+) -> dict:  # fmt: skip
     """The keys of summary.json from a journal's tally, intervals, the logged steps of all sites and what their meters said."""
     columns = rows if isinstance(rows, dict) else carbon.columns(rows)
     training = {n: (a[c == carbon.CODES["training"]], b[c == carbon.CODES["training"]]) for n, (c, a, b) in columns.items()}
     runtime_s = max((float(ends[-1]) for _, ends in training.values() if len(ends)), default=0.0)
-    spent = carbon.account(columns, cfg, traces, readings)
+    spent = carbon.account(columns, cfg, traces, readings, prices)
     train_h = sum(s["train_hours"] for s in spent["sites"].values())
     committed_h = {n: k * config.step_s(cfg, n) / 3600 for n, k in tally.steps.items()}
     if cfg.clock.mode == "wall":  # steps take what they take: credit training time by the share of tokens committed
@@ -276,9 +288,10 @@ def summarize(
             "energy_kwh": s["energy_kwh"], "emissions_kg": s["emissions_kg"], "curtailed_share": s["curtailed_share"],
             "energy_method": s["energy_method"], "measured_share": s["measured_share"],
             "starts": starts, "wasted_starts": wasted_starts, "kwh_by_state": s["kwh_by_state"], "kg_by_state": s["kg_by_state"],
+            "cost": s["cost"], "cost_by_state": s["cost_by_state"],
         }  # fmt: skip
     up_h = sum(s["up_site_hours"] for s in sites.values())
-    baselines, note = carbon.baselines(cfg, traces, tally.tokens)
+    baselines, baselines_cost, note = carbon.baselines(cfg, traces, tally.tokens, prices)
     plain = config.plain(cfg)
     measured = tally.measured or {"val_loss": None, "val_bpb": None}
     return {
@@ -286,9 +299,10 @@ def summarize(
         "train_site_hours": train_h, "up_site_hours": up_h, "goodput": sum(committed_h.values()) / up_h if up_h else None,
         "energy_kwh": spent["energy_kwh"], "emissions_kg": spent["emissions_kg"], "curtailed_share": spent["curtailed_share"],
         "emissions_with_pue_kg": spent["emissions_kg"] * cfg.carbon.pue, "energy_method": spent["energy_method"],
-        "measured_share": spent["measured_share"], "sites": sites,
+        "measured_share": spent["measured_share"], "cost": spent["cost"], "currency": carbon.currency(cfg),
+        "cost_with_pue": None if spent["cost"] is None else spent["cost"] * cfg.carbon.pue, "sites": sites,
         "starts": sum(s["starts"] for s in sites.values()), "wasted_starts": sum(s["wasted_starts"] for s in sites.values()),
-        "wasted_tokens": tally.wasted_tokens, "baselines": baselines, "baselines_note": note,
+        "wasted_tokens": tally.wasted_tokens, "baselines": baselines, "baselines_cost": baselines_cost, "baselines_note": note,
         "floor_kg": {
             "lp": floor.lp(cfg, traces, train_h, runtime_s),
             "with_starts": floor.with_starts(cfg, traces, train_h, runtime_s),
@@ -321,13 +335,13 @@ def load_steps(run_dir: Path, sites) -> list[dict]:
     return out
 
 
-def write_summary(run_dir: Path, cfg, traces) -> dict:
+def write_summary(run_dir: Path, cfg, traces, prices) -> dict:
     tally = Tally(cfg.sites)
     for record in effective(read_journal(run_dir / "journal.jsonl")):
         tally.add(record)
     rows = carbon.read_intervals(str(run_dir / "intervals.csv"))
     steps = load_steps(run_dir, cfg.sites)
-    summary = summarize(tally, rows, steps, cfg, traces, carbon.readings_of(run_dir))
+    summary = summarize(tally, rows, steps, cfg, traces, carbon.readings_of(run_dir), prices)
     stalls = [r["wall"]["stall_s"] for r in steps if "stall_s" in r["wall"]]
     times = [r["wall"]["unix"] for r in steps]
     p50, p95 = np.percentile(stalls, [50, 95]) if stalls else (None, None)
@@ -368,12 +382,18 @@ def table(summary: dict, cfg) -> str:
     lines.append(
         row("  floor by the same hour", f"{number(floor['lp'], '.3f')} kgCO2, {number(floor['with_starts'], '.3f')} with start costs")
     )
+    if s["cost"] is not None:
+        lines.append(row("cost", f"{s['cost']:.3f} {s['currency']}"))
+    for region, cost in (s["baselines_cost"] or {}).items():
+        lines.append(row(f"  of {region} alone", number(cost, ".3f", f" {s['currency']}")))
     lines.append(row("starts", f"{s['starts']}, of which {s['wasted_starts']} wasted; {s['wasted_tokens']:,} tokens wasted"))
     stall = (s.get("wall") or {}).get("sync_stall_s")
     if stall:
         lines.append(row("measured sync stall", f"p50 {stall['p50']:.3f} s, p95 {stall['p95']:.3f} s over {stall['n']}"))
-    lines.append(f"  {'site':{wide}} {'hours':>7} {'kWh':>8} {'kgCO2':>8} {'starts':>7} {'steps':>7}")
+    paid = "" if s["cost"] is None else f" {s['currency']:>8}"
+    lines.append(f"  {'site':{wide}} {'hours':>7} {'kWh':>8} {'kgCO2':>8}{paid} {'starts':>7} {'steps':>7}")
     for name, site in s["sites"].items():
-        lines.append(f"  {name:{wide}} {site['train_site_hours']:7.2f} {site['energy_kwh']:8.2f} {site['emissions_kg']:8.3f} "
+        cost = f" {site['cost']:8.3f}" if paid else ""
+        lines.append(f"  {name:{wide}} {site['train_site_hours']:7.2f} {site['energy_kwh']:8.2f} {site['emissions_kg']:8.3f}{cost} "
                      f"{site['starts']:7d} {site['steps']:7d}{carbon.how_measured(site).replace(',', ' ')}")  # fmt: skip
     return "\n".join(lines)

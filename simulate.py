@@ -18,7 +18,7 @@ import numpy as np
 
 import config
 import report
-from carbon import Meter, Trace, load_traces, write_intervals
+from carbon import Meter, Trace, load_forecasts, load_prices, load_traces, price_column, write_intervals
 from forecast import Forecast
 from journal import order
 from rounds import Action, Run, facts_of
@@ -27,29 +27,34 @@ from scheduler import INFINITY, Objective, Schedule, Site, policy_of
 
 def new_run(cfg, traces: dict[str, Trace], live=None) -> tuple[Run, "Samples"]:
     """The machine of a run at its very start, and the samples that drive it. traces: region -> Trace; live: signals.Live instead."""
-    if live:
-        sites = {name: Site(s.provision_s, s.startup_s) for name, s in cfg.sites.items()}
-        policy = policy_of(cfg.policy, max(config.poll_s(cfg), cfg.signals.timeout_s))  # unknown for as long as the next answer may take
-        return Run(facts_of(cfg, 3600 * (cfg.clock.max_hours or 87_600.0)), Schedule(policy, sites, False), Meter(list(sites))), live
     start, timed = config.start_unix(cfg), cfg.clock.mode == "virtual"
-    by_site = {name: traces[site.region] for name, site in cfg.sites.items()}
-    end_s = min(float(min(t.end for t in by_site.values()) - start), (cfg.clock.max_hours or INFINITY) * 3600)
     sites = {name: Site(s.provision_s, s.startup_s, s.tokens_per_s, s.idle_kw, s.train_kw) for name, s in cfg.sites.items()}
-    objective = Objective(cfg.policy)
+    prices = load_prices(cfg, traces) if config.by_price(cfg) else None
+    objective = Objective(cfg.policy, prices and {name: prices[price_column(s)] for name, s in cfg.sites.items()}, start)
+    limit_s = (cfg.clock.max_hours or INFINITY) * 3600
+    if live:
+        by_site, end_s = {}, min(limit_s, 3.2e8)
+        unknown_s = max(config.poll_s(cfg), cfg.signals.timeout_s)  # for as long as the next answer may take
+    else:
+        by_site = {name: traces[site.region] for name, site in cfg.sites.items()}
+        end_s = min(float(min(t.end for t in by_site.values()) - start), limit_s)
+        unknown_s = max(t.step_s for t in by_site.values())
     forecast, facts = forecast_of(cfg, by_site, start, objective), facts_of(cfg, end_s)
-    policy = policy_of(cfg.policy, max(t.step_s for t in by_site.values()), forecast, facts.train_s, facts.sync_s)
-    samples = Samples(by_site, start, end_s, policy.matters if timed and objective.plain else None)
-    plain = None if objective.plain else objective
-    schedule = Schedule(policy, sites, timed, samples.at if timed else None, plain, cfg.policy.max_sites)
-    return Run(facts, schedule, Meter(list(sites))), samples
+    policy = policy_of(cfg.policy, unknown_s, forecast, facts.train_s, facts.sync_s)
+    if not live:
+        issued = load_forecasts(cfg) if forecast and forecast.kind == "issued" else {}
+        ahead = {name: issued[s.region] for name, s in cfg.sites.items() if s.region in issued}
+        samples = Samples(by_site, start, end_s, policy.matters if timed and objective.plain else None, ahead)
+    schedule = Schedule(policy, sites, timed, samples.at if timed else None, None if objective.plain else objective, cfg.policy.max_sites)
+    return Run(facts, schedule, Meter(list(sites))), live or samples
 
 
 def forecast_of(cfg, traces: dict[str, Trace], start: int, objective: Objective) -> Forecast | None:
-    """What a policy may know of the time to come; None for those that ask for nothing. traces: site -> Trace."""
+    """What a policy may know of the time to come; None for those that ask for nothing. traces: site -> Trace, none if live."""
     p = cfg.policy
     if p.name in ("threshold", "break_even", "always"):
         return None
-    step = min(t.step_s for t in traces.values())
+    step = min((t.step_s for t in traces.values()), default=LIVE_STEP_S)
 
     def mean(site: str, t: float, n: int) -> np.ndarray:
         """(n,) of the steps from run time t on: the trace's mean, at its edges its first and last value."""
@@ -69,12 +74,17 @@ def forecast_of(cfg, traces: dict[str, Trace], start: int, objective: Objective)
     return forecast
 
 
+LIVE_STEP_S = 300.0  # grid of forecasts where no trace sets one
+
+
 class Samples:
     """What the sites' grids report, in time order, as seconds since clock.start. A trace that ends says unknown."""
 
-    def __init__(self, traces: dict[str, Trace], start_unix: int, until_s: float = INFINITY, matters=None):
-        """traces: site -> carbon.Trace; matters(values) -> bool per sample: hand out only these (and a site's first)."""
+    def __init__(self, traces: dict[str, Trace], start_unix: int, until_s: float = INFINITY, matters=None, ahead=None):
+        """traces: site -> carbon.Trace; matters(values) -> bool per sample: hand out only these (and a site's first); ahead: site ->
+        (n, k) forecasts issued with its n samples, for the k steps after each."""
         self._traces, self._start, self._sites = traces, start_unix, list(traces)
+        self._ahead, self._at = ahead or {}, []
         times, values, owners = [], [], []
         for site, trace in enumerate(traces.values()):
             first = int(np.searchsorted(trace.starts, start_unix, side="right")) - 1
@@ -86,8 +96,10 @@ class Samples:
             times += [t, [float(trace.end - start_unix)]]
             values += [some[kept], [np.nan]]
             owners.append(np.full(len(kept) + 1, site))
+            self._at.append(np.append(first + kept, -1))
         times, values, owners = np.concatenate(times), np.concatenate(values), np.concatenate(owners)
         by_time = np.lexsort((owners, times))
+        self._at = np.concatenate(self._at)[by_time] if self._ahead else None
         self._times, self._values, self._owners = times[by_time], values[by_time], owners[by_time]
         self._next, self._next_time = 0, float(self._times[0]) if len(times) else INFINITY
 
@@ -101,13 +113,19 @@ class Samples:
     def next_time(self) -> float:
         return self._next_time
 
+    def _issued(self, site: str, i: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Run times at which each value begins to hold, gCO2/kWh: (k,) each."""
+        at, step, values = self._at[i], self._traces[site].step_s, self._ahead[site]
+        return None if at < 0 else (float(self._times[i]) + step * np.arange(1.0, values.shape[1] + 1), values[at])
+
     def due(self, t: float) -> list[tuple[str, float | None, tuple | None]]:
         """(site, gCO2/kWh or None, forecast issued with it or None) of every sample at or before t not handed out yet."""
         out = []
         while self._next_time <= t:
             i = self._next
             value = float(self._values[i])
-            out.append((self._sites[self._owners[i]], None if value != value else value, None))
+            site = self._sites[self._owners[i]]
+            out.append((site, None if value != value else value, self._issued(site, i) if site in self._ahead else None))
             self._next = i + 1
             self._next_time = float(self._times[i + 1]) if i + 1 < len(self._times) else INFINITY
         return out
@@ -163,6 +181,7 @@ def simulate(cfg, traces: dict[str, Trace] | None = None, decisions: bool = True
     """The summary of the run this config would make, with its decisions unless told otherwise; nothing is trained.
     folder: where to write what a run would have left: config, journal, intervals, summary."""
     traces = traces or load_traces(cfg)
+    prices = load_prices(cfg, traces)
     run, samples = new_run(cfg, traces)
     tally, told, over_s = report.Tally(cfg.sites), [], 0.0
 
@@ -176,7 +195,7 @@ def simulate(cfg, traces: dict[str, Trace] | None = None, decisions: bool = True
 
     kept: list[dict] = [{"t_s": 0.0, "type": "genesis", "digest": ""}]
     drive(run, samples, journal=(lambda records: (take(records), kept.extend(records))) if folder else take)
-    summary = report.summarize(tally, run.meter.columns(over_s), [], cfg, traces)
+    summary = report.summarize(tally, run.meter.columns(over_s), [], cfg, traces, prices=prices)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         config.OmegaConf.save(cfg, folder / "config.yaml")
@@ -193,8 +212,8 @@ def _why(record: dict) -> str:
     return f"round {record['round']}, {record['tokens']:,} tokens" if record["type"] == "commit" else ""
 
 
-SWEPT = ("exit", "tokens", "rounds", "runtime_h", "train_site_hours", "goodput", "energy_kwh", "emissions_kg", "curtailed_share",
-         "starts", "wasted_starts", "wasted_tokens")  # fmt: skip
+SWEPT = ("exit", "tokens", "rounds", "runtime_h", "train_site_hours", "goodput", "energy_kwh", "emissions_kg", "cost", "currency",
+         "curtailed_share", "starts", "wasted_starts", "wasted_tokens")  # fmt: skip
 
 
 def sweep(argv: list[str], grid: list[str]) -> list[dict]:

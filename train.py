@@ -32,7 +32,7 @@ import torch
 import config
 import report
 import sync
-from carbon import energy_kwh
+from carbon import charged, energy_kwh
 from channel import ChannelError, ChannelStore, Link
 from config import BadInput
 from data import Corpus, Feed, split_rows
@@ -67,8 +67,9 @@ class Plan:
     train_for_s: float = 0.0
     energy_kwh: float = 0.0  # ours, up to the round's start
     emissions_kg: float = 0.0
+    cost: float | None = None  # in the price trace's currency; None without one
     drawn_kwh: float | None = None  # what our meter showed then
-    signal: list = ()  # [t_s, gCO2/kWh] from the round's start on
+    signal: list = ()  # [t_s, gCO2/kWh, currency/MWh or None] from the round's start on
     started: float = 0.0  # monotonic
     steps: int | None = None  # virtual clock: train exactly so many
     done: int = 0
@@ -337,7 +338,7 @@ class Site:
         drawn = self.energy().get("energy", {}).get("kwh")
         self.note(round=c["round"], open_s=c["open_s"], phase="train", steps=0, finite=True, vote="")
         return Plan(c["round"], c["mode"], batches, c["committed_tokens"], ratio, splits, c["open_s"], c["train_for_s"],
-                    c["energy_kwh"], c["emissions_kg"], drawn, c["signal"], started=time.monotonic())  # fmt: skip
+                    c["energy_kwh"], c["emissions_kg"], c["cost"], drawn, c["signal"], started=time.monotonic())  # fmt: skip
 
     def may_step(self, plan: Plan) -> bool:
         """Whether another step belongs to this round. Virtual clock: so many as we are told. Wall clock: until the
@@ -365,7 +366,7 @@ class Site:
             plan.batches += [b for b in more if b not in plan.batches]
             plan.stop = plan.stop or not more
         elif c["type"] == "signal":
-            plan.signal.append([c["t_s"], c["mci"]])
+            plan.signal.append([c["t_s"], c["mci"], c["price"]])
         elif c["type"] == "freeze" and ours:
             plan.stop = True
         elif c["type"] == "cancel" and c["round"] <= plan.round:
@@ -556,7 +557,8 @@ class Site:
         t_s, method = plan.open_s + trained_s, "model"
         if drawn and plan.drawn_kwh is not None:
             method, kw = drawn["energy"]["method"], (drawn["energy"]["kwh"] - plan.drawn_kwh) / trained_s * 3600
-        emitted_kg, mci = integrate(plan.signal, plan.open_s, t_s, kw)
+        emitted_kg, mci = integrate([(t, mci) for t, mci, _ in plan.signal], plan.open_s, t_s, kw)
+        paid, price = integrate([(t, price) for t, _, price in plan.signal if price is not None], plan.open_s, t_s, kw)
         wall = {"unix": round(time.time(), 3), "tok_per_s": round(rate, 1)}
         if self.mfu_per_rate:
             wall["mfu"] = round(self.mfu_per_rate * rate, 4)
@@ -566,7 +568,8 @@ class Site:
             "t_s": round(t_s, 3), "round": plan.round, "step": round(step.position / per_step), "batch": step.batch, "loss": loss,
             "lr": step.lr, "tokens": int(step.position), "tok_per_s": self.spec.tokens_per_s if self.virtual else round(rate, 1),
             "state": "training", "mci_g_per_kwh": mci, "power_kw": kw, "energy_kwh": plan.energy_kwh + energy_kwh(kw, trained_s),
-            "emissions_kg": plan.emissions_kg + emitted_kg, "energy_method": method, "wall": wall,
+            "emissions_kg": plan.emissions_kg + emitted_kg, "cost": None if plan.cost is None else plan.cost + paid,
+            "price_per_mwh": price, "energy_method": method, "wall": wall,
         }  # fmt: skip
         self.panel.step(record, plan.mode)
         told = {k: v for k, v in record.items() if k != "wall"} | {"tok_per_s": rate, "mfu": wall.get("mfu")}
@@ -574,14 +577,15 @@ class Site:
 
 
 def integrate(signal_: list, t0: float, t1: float, power_kw: float) -> tuple[float, float | None]:
-    """kgCO2 of a constant power over [t0, t1] against [t_s, gCO2/kWh] samples that hold, and the last of them."""
-    total, mci = 0.0, None
+    """kgCO2 of a constant power over [t0, t1] against (t_s, gCO2/kWh) samples that hold, and the last of them; against
+    (t_s, currency/MWh) ones: what it costs."""
+    total, last = 0.0, None
     for i, (since, value) in enumerate(signal_):
         until = signal_[i + 1][0] if i + 1 < len(signal_) else t1
         a, b = max(since, t0), min(until, t1)
-        if b > a or mci is None:
-            total, mci = total + value * max(b - a, 0.0), value
-    return power_kw * total / 3.6e6, mci
+        if b > a or last is None:
+            total, last = total + value * max(b - a, 0.0), value
+    return charged(power_kw, total), last
 
 
 def die_with_parent() -> None:

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     folders, cases, ours = [a for a in argv if a != "--json"], {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         if not folders:
-            cfg = config.load([str(REPO / "configs/demo.yaml"), f"carbon.trace={REPO / 'traces/paper_day.csv'}"])
+            cfg = config.load([str(REPO / "configs/demo.yaml"), f"carbon.trace={REPO / 'traces/paper_day.csv'}", "price.trace=null"])
             simulate.simulate(cfg, folder=Path(scratch) / "demo")
         run = figures.load(Path(folders[0]) if folders else Path(scratch) / "demo")
     cfg, start = run["cfg"], config.start_unix(run["cfg"])

@@ -229,13 +229,13 @@ def test_the_report_is_one_file_that_needs_no_network(run_dirs, tmp_path):
     page = (tmp_path / "report.html").read_text()
     seen = References()
     seen.feed(page)
-    assert seen.tags.count("img") == len(list(tmp_path.glob("*.png"))) == 8
+    assert seen.tags.count("img") == len(list(tmp_path.glob("*.png"))) == 10
     assert not seen.loads and "script" not in seen.tags and "link" not in seen.tags and "url(" not in page
     for word in ("demo", "mini_centralized", "trace_sha256", "tokens_per_step", "validation loss"):
         assert word in page
     rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| demo")]
     assert len(rows) == 1 and f"{figures.load(run_dirs[0])['summary']['emissions_kg']:.3f}" in rows[0]
-    assert b"figures.py" in (tmp_path / "emissions.png").read_bytes() and len(list(tmp_path.glob("*.pdf"))) == 8
+    assert b"figures.py" in (tmp_path / "emissions.png").read_bytes() and len(list(tmp_path.glob("*.pdf"))) == 10
 
 
 # -- referee ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import CLEAN, DIRTY, processes_in
+from conftest import CLEAN, DIRTY, processes_in, write_trace
 
 import carbon
 import config
@@ -163,8 +163,9 @@ def test_wall_clock_replays_a_shortened_trace_in_real_seconds(runner):
     sites = {name: {"tokens_per_s": 2000.0} for name in ("a", "b")}
     windows = {"a": [CLEAN] * 4 + [DIRTY], "b": [DIRTY] * 2 + [CLEAN] * 5 + [DIRTY]}
     argv = runner.write(sites, windows, step_s=4, clock={"mode": "wall", "max_hours": 32 / 3600}, budget={"tokens": 128 * 100_000},
-                        policy={"off_delay_s": 2}, carbon={"max_gap_s": 10},
+                        policy={"off_delay_s": 2}, carbon={"max_gap_s": 10}, price={"trace": str(runner.folder / "price.csv")},
                         rounds={"train_s": 2, "sync_s": 0.5, "commit_every_s": 1.5})  # fmt: skip
+    write_trace(runner.folder / "price.csv", {"a": [-40.0], "b": [70.0]}, 4)
     started = time.monotonic()
     head, workers = runner.begin(argv, ["a", "b"])
     assert head.wait(100) == config.EXIT_BUDGET_LEFT, runner.said()
@@ -183,6 +184,11 @@ def test_wall_clock_replays_a_shortened_trace_in_real_seconds(runner):
     for site, stop in off.items():
         assert max(r.end_s for r in rows if r.site == site and r.state == "training") <= stop + 2.5
     assert runner.summary()["tokens"] > 0 and "tokens left" in runner.said()
+    for site, price in (("a", -40.0), ("b", 70.0)):
+        steps = [json.loads(line) for line in (runner.run_dir / f"{site}.jsonl").read_text().splitlines()]
+        for part in (steps[0], steps[-1], runner.summary()["sites"][site]):
+            assert part["cost"] == pytest.approx(price * part["energy_kwh"] / 1000, rel=0.01)
+        assert {step["price_per_mwh"] for step in steps} == {price}
 
 
 @pytest.mark.slow
