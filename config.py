@@ -133,11 +133,11 @@ class Sync:
 
 @dataclass
 class Policy:
-    name: str = "threshold"  # threshold | break_even | forecast_gate | percentile | deadline | plan | oracle | always
+    name: str = "forecast_gate"  # best without a deadline; the paper's: threshold with off_delay_s 600; all: scheduler.py
     on_below_g_per_kwh: float = 100.0  # these two in the unit of the objective
     off_above_g_per_kwh: float = 100.0
     on_delay_s: float = 0.0
-    off_delay_s: float = 600.0
+    off_delay_s: float = 0.0
     min_on_s: float = 0.0
     min_off_s: float = 0.0
     max_sites: int | None = None  # so many at once, the cleanest; null: all
@@ -148,7 +148,7 @@ class Policy:
     forecast: str = "yesterday"  # persistence | yesterday | issued (f1..fk beside the trace) | truth; see forecast.py
     forecast_days: int = 3  # yesterday: the mean of so many days; one is the day before alone
     forecast_decay_s: float = 3600.0  # yesterday: how fast its error of now fades
-    min_window_s: float = 300.0  # forecast_gate, plan: shortest window worth a start, beyond the restart itself
+    min_window_s: float = 240.0  # forecast_gate, plan: shortest window worth a start, beyond the restart itself
     deadline_h: float | None = None  # deadline: the budget by then, from clock.start | plan, oracle: null: no deadline
     horizon_h: float = 24.0  # plan without a deadline looks so far ahead
     percentile: float = 20.0  # percentile: run in so many percent of the time,
@@ -188,6 +188,7 @@ class Signals:
 @dataclass
 class Price:
     trace: str | None = None  # CSV of electricity prices, as carbon.trace; null: no cost anywhere
+    goes_with: str | None = None  # the carbon.trace whose grids these are: beside another there is no cost; null: beside any
     unit: str = "USD/MWh"  # CURRENCY/MWh | CURRENCY/kWh: one three-letter currency for every column; prices may be negative
     tz: str = "UTC"  # these four as in carbon
     stamp: str = "start"
@@ -337,6 +338,8 @@ def load(argv: list[str]) -> Config:
         reason = str(error).strip().splitlines()[0]
         key = getattr(error, "full_key", None)
         raise BadInput(f"{path}: {key + ': ' if key else ''}{reason}; keys and types are listed in config.py") from None
+    if cfg.price.goes_with not in (None, cfg.carbon.trace):
+        cfg.price.trace = None
     _check(cfg)
     if cfg.only:
         cfg.sites = {name: cfg.sites[name] for name in cfg.sites if name in cfg.only}

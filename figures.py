@@ -415,6 +415,24 @@ COLUMNS = ("scenario", "runtime, h", "training site-hours", "energy, kWh", "emis
            "validation loss, nats/token", "simulated")  # fmt: skip
 
 
+def pareto(rows: list[dict], floor: list[tuple[float, float]], folder: Path) -> Path:
+    """Runtime against kgCO2 of simulated policies, the floor for their training hours drawn in. rows: simulate.compare's."""
+    fig, axis = plt.subplots(figsize=(8.5, 4.8))
+    if floor:
+        axis.plot(*zip(*floor), color=INK, lw=1.4, label="floor with starts")
+        axis.fill_between([h for h, _ in floor], [kg for _, kg in floor], color="#eef1f3")
+    for i, row in enumerate(rows):
+        style = {"mfc": RUN_COLORS[i % 6] if row["exit"] == 0 else "none", "mec": RUN_COLORS[i % 6]}
+        left = "" if row["exit"] == 0 else ", budget left"
+        label = f"{row['policy']}: {row['emissions_kg']:.2f} kg, {row['runtime_h']:.1f} h{left}"
+        axis.plot(row["runtime_h"], row["emissions_kg"], MARKERS[i % 6], ms=9, mew=1.6, ls="", label=label, **style)
+    axis.set(xlabel="hours until the budget is trained", ylabel="kgCO2", ylim=(0, None))
+    axis.legend(frameon=False, fontsize=8.5)
+    bare(axis)
+    folder.mkdir(parents=True, exist_ok=True)
+    return save(fig, folder, "pareto")
+
+
 def columns_of(runs: list[dict]) -> tuple[str, ...]:
     return COLUMNS[:5] + ("cost",) * any(run["prices"] for run in runs) + COLUMNS[5:]
 

@@ -233,7 +233,8 @@ class BreakEven(Threshold):
 
 
 class ForecastGate(Threshold):
-    """Start only if the forecast for a restart plus min_window_s is, on average, below `on`."""
+    """Start only if every value that the forecast expects for a restart plus min_window_s is below `on`: shorter windows cost
+    a start and train little or nothing."""
 
     matters = None
 
@@ -243,18 +244,16 @@ class ForecastGate(Threshold):
 
     def wants(self, t: float, name: str, site: Site) -> str:
         wants = super().wants(t, name, site)
-        return "keep" if wants == "start" and not site.up and self.expected(t, name, site) >= self.on else wants
+        return "keep" if wants == "start" and not site.up and not self.lasts(t, name, site) else wants
 
-    def expected(self, t: float, name: str, site: Site) -> float:
-        """Mean value over the time that a window must last to be worth its start."""
-        span, step = max(site.restart_s + self.min_window_s, 1.0), self.forecast.step_s
-        widths = np.diff(np.clip(step * np.arange(int(span // step) + 2), 0.0, span))
-        return float(self.forecast.ahead(t, name, len(widths)) @ widths / span)
+    def lasts(self, t: float, name: str, site: Site) -> bool:
+        steps = max(1, int(np.ceil((site.restart_s + self.min_window_s) / self.forecast.step_s - 1e-9)))
+        return bool((self.forecast.ahead(t, name, steps) < self.on).all())
 
     def reason(self, name: str, site: Site) -> str:
         if site.up:
             return super().reason(name, site)
-        return f"{super().reason(name, site)}, and likely for {site.restart_s + self.min_window_s:.0f} s"
+        return f"{super().reason(name, site)}, expected for {site.restart_s + self.min_window_s:.0f} s"
 
 
 class Percentile(Threshold):
@@ -457,7 +456,6 @@ class Plan(Joint):
     def __init__(self, *args):
         super().__init__(*args)
         self.windows: dict[str, list[tuple[float, float]]] = {}
-        self.must_s = INFINITY
         self.share = self.efficiency(2)  # of the time a site is on, that it trains
 
     def due(self, name: str, site: Site) -> float:
@@ -466,7 +464,7 @@ class Plan(Joint):
         ahead = [(a, b) for a, b in self.windows[name] if b > max(site.since_s, site.up_since_s)]
         if site.up:
             return ahead[0][1] if ahead else site.since_s
-        return min(self.must_s, ahead[0][0] - site.restart_s if ahead else INFINITY)
+        return ahead[0][0] - site.restart_s if ahead else INFINITY
 
     def reason(self, name: str, site: Site) -> str:
         if site.value is None or name not in self.windows:
@@ -484,9 +482,8 @@ class Plan(Joint):
         steps = int((end - begin + 1e-6) // step)
         width = step * max(1, -(-steps // self.SLOTS))
         num = int((end - begin + 1e-6) // width)
-        self.must_s = self.guard(t, sites, left)
-        if num < 1 or self.must_s <= t:
-            self.windows = {name: [(t, INFINITY)] for name in sites}
+        if num < 1:
+            self.windows = self._all(sites, t, left)
             return
         edges = begin + width * np.arange(num + 1)
         curves, choices = {}, {}
@@ -509,9 +506,15 @@ class Plan(Joint):
                 best = need, windows
             if 0 <= made - left < RESERVE * left:
                 break
-            need += left - made + (0.2 * RESERVE * left if made < left else 0.0)
-        self.windows = best[1] if best else {name: [(t, INFINITY)] for name in sites}
+            need = max(0.0, need + left - made + (0.2 * RESERVE * left if made < left else 0.0))
+        self.windows = best[1] if best else self._all(sites, t, left)
         self.share = left / best[0] if best else self.efficiency(2)
+
+    @staticmethod
+    def _all(sites: dict[str, Site], t: float, left: float) -> dict[str, list[tuple[float, float]]]:
+        """Too late for choices: everyone who is ready before those at work are done."""
+        rate = sum(s.tokens_per_s for s in sites.values() if s.up)
+        return {n: [(t, INFINITY)] if s.up or left > rate * s.restart_s else [] for n, s in sites.items()}
 
     def _curve(self, t: float, name: str, site: Site, edges: np.ndarray):
         """Least gCO2 for k of the slots, k = 0..n, and how."""

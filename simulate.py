@@ -2,6 +2,7 @@
 
     python simulate.py configs/demo.yaml [key=value ...] [--json] [--write]      --write: a run folder for figures.py
     python simulate.py configs/ours.yaml --sweep policy.off_delay_s=0,300,600 rounds.train_s=300,600      a CSV over the grid
+    python simulate.py configs/ours.yaml --policies threshold,forecast_gate,plan@14.6 [--out DIR]     a table and pareto.png
 
 `drive` runs the very `scheduler` and `rounds` of the live run on the virtual clock; `imagine` puts "a site would have
 trained n steps" in the place of real sites. The coordinator's virtual clock is the same `drive` with real ones.
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import config
+import floor
 import report
 from carbon import Meter, Trace, load_forecasts, load_prices, load_traces, price_column, write_intervals
 from forecast import Forecast
@@ -236,6 +238,53 @@ def sweep(argv: list[str], grid: list[str]) -> list[dict]:
     return rows
 
 
+def compare(argv: list[str], names: list[str]) -> list[dict]:
+    """One row for each policy: a name of policy.name, or NAME@HOURS with a deadline. Beside its emissions, the floor for its own
+    training hours by the time it took, or by its deadline."""
+    cfgs = []
+    for name in names:
+        kind, at, hours = name.partition("@")
+        cfgs.append(virtual([*argv, f"policy.name={kind}", *([f"policy.deadline_h={hours}"] if at else [])]))
+    rows = []
+    for name, cfg in zip(names, cfgs):
+        traces = load_traces(cfg)
+        summary = simulate(cfg, traces, decisions=False)
+        by_h = (
+            cfg.policy.deadline_h if cfg.policy.name in ("deadline", "plan", "oracle") and cfg.policy.deadline_h else summary["runtime_h"]
+        )
+        least_kg = floor.with_starts(cfg, traces, summary["train_site_hours"], 3600 * by_h)
+        rows.append({"policy": name} | {k: summary[k] for k in COMPARED} | {"floor_kg": least_kg, "by_h": by_h})
+    return rows
+
+
+COMPARED = ("exit", "runtime_h", "emissions_kg", "energy_kwh", "cost", "currency", "train_site_hours", "goodput", "starts", "wasted_starts")
+
+
+def compared(rows: list[dict]) -> str:
+    """The rows as a table in Markdown."""
+    paid = next((r["currency"] for r in rows if r["currency"]), None)
+    head = ["policy", "runtime h", "kgCO2", "floor kg", "above it", *([paid] if paid else []), "kWh", "goodput", "starts", "wasted"]
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    for r in rows:
+        least = r["floor_kg"]
+        cells = [r["policy"] + ("" if r["exit"] == 0 else " (budget left)"), f"{r['runtime_h']:.2f}", f"{r['emissions_kg']:.3f}",
+                 f"{least:.3f}" if least else "", f"{100 * (r['emissions_kg'] / least - 1):.0f} %" if least else "",
+                 *([f"{r['cost']:.2f}"] if paid else []), f"{r['energy_kwh']:.1f}", f"{r['goodput']:.3f}", str(r["starts"]),
+                 str(r["wasted_starts"])]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def floors(cfg, rows: list[dict]) -> list[tuple[float, float]]:
+    """(hours, kg) of the floor with starts for the training hours of the rows, from the fastest row to the slowest."""
+    done = [r for r in rows if r["exit"] == 0] or rows
+    hours, traces = max(r["train_site_hours"] for r in done), load_traces(cfg)
+    first, last = min(r["runtime_h"] for r in done), max(r["runtime_h"] for r in done)
+    at = np.linspace(first - 0.05 * (last - first), last + 0.05 * (last - first), 12) if last > first else [first]
+    points = [(float(h), floor.with_starts(cfg, traces, hours, 3600 * h)) for h in at]
+    return [(h, kg) for h, kg in points if kg]
+
+
 def virtual(argv: list[str]):
     """The config of a simulation: always on the virtual clock."""
     cfg = config.load(argv)
@@ -245,6 +294,21 @@ def virtual(argv: list[str]):
 def main(argv: list[str]) -> int:
     as_json, write = "--json" in argv, "--write" in argv
     argv = [a for a in argv if a not in ("--json", "--write")]
+    if "--policies" in argv:
+        at = argv.index("--policies")
+        names, rest = (argv[at + 1].split(",") if at + 1 < len(argv) else []), argv[at + 2 :]
+        out = Path(rest[rest.index("--out") + 1]) if "--out" in rest[:-1] else None
+        keys = argv[:at] + [a for i, a in enumerate(rest) if a != "--out" and (i == 0 or rest[i - 1] != "--out")]
+        if not all(names) or not names:
+            raise config.BadInput("--policies needs names, e.g. --policies threshold,forecast_gate,plan@14.6 (a deadline in hours)")
+        rows = compare(keys, names)
+        cfg = virtual([*keys, f"policy.name={names[0].partition('@')[0]}", "policy.deadline_h=1"])
+        import figures  # matplotlib: only here
+
+        picture = figures.pareto(rows, floors(cfg, rows), out or config.run_dir(cfg) / "figures")
+        print(json.dumps({"rows": rows, "figure": str(picture)}) if as_json else compared(rows))
+        print(f"written: {picture}", file=sys.stderr)
+        return 0
     if "--sweep" in argv:
         at = argv.index("--sweep")
         rows = sweep(argv[:at], argv[at + 1 :])

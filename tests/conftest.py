@@ -31,7 +31,7 @@ TINY = {
     "model": {"depth": 1, "width": 16, "heads": 2, "kv_heads": 1, "seq_len": 32},
     "data": {"tokenizer": "bytes", "tokens_per_step": 128, "val_tokens": 1024},
     "rounds": {"train_s": 60, "sync_s": 5, "commit_every_s": 60, "rejoin_wait_s": 60, "grace_s": 20},
-    "policy": {"off_delay_s": 60},
+    "policy": {"name": "threshold", "off_delay_s": 60},
     "sync": {"heartbeat_s": 0.5, "dead_s": 6},
     "carbon": {"baseline_regions": ["a"]},
     "eval": {"every_rounds": 4, "tokens": 256},
