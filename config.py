@@ -518,16 +518,21 @@ def start_unix(cfg: Config) -> int:
     """`clock.start` in whole UTC seconds; `begun` replaces `now`."""
     if cfg.clock.start == "now":
         raise BadInput("clock.start=now: the run has not begun; take the config in its folder, runs/RUN/config.yaml")
+    return unix_of(cfg.clock.start, "clock.start")
+
+
+def unix_of(text: str, key: str) -> int:
+    """An ISO time with its zone -> whole UTC seconds. key: what to call it when it is wrong."""
     try:
-        moment = datetime.fromisoformat(cfg.clock.start)
+        moment = datetime.fromisoformat(text)
     except ValueError:
-        raise BadInput(f"clock.start={cfg.clock.start!r} is not a time; write e.g. 2026-01-11T17:00:00Z") from None
+        raise BadInput(f"{key}={text!r} is not a time; write e.g. 2026-01-11T17:00:00Z") from None
     if moment.tzinfo is None:
-        raise BadInput(f"clock.start={cfg.clock.start!r} names no zone; write e.g. {cfg.clock.start}Z")
+        raise BadInput(f"{key}={text!r} names no zone; write e.g. {text}Z")
     try:
         return int(moment.astimezone(UTC).timestamp())
     except (OverflowError, ValueError):
-        raise BadInput(f"clock.start={cfg.clock.start!r} is out of range") from None
+        raise BadInput(f"{key}={text!r} is out of range") from None
 
 
 def num_batches(cfg: Config) -> int:
