@@ -679,8 +679,11 @@ def account(
     """
     start, low = config.start_unix(cfg), cfg.carbon.curtailed_below_g_per_kwh
     by_site, sites = rows if isinstance(rows, dict) else columns(rows), {}
+    read: dict[str, list[Reading]] = {}
+    for r in readings:
+        read.setdefault(r.site, []).append(r)
     for name, spec in cfg.sites.items():
-        mine = [r for r in readings if r.site == name]
+        mine = read.get(name, [])
         codes, begins, ends, kw, measured = drawn(by_site.get(name, NOTHING), spec, mine)
         up = codes != CODES["off"]
         codes, t0, t1, kw, measured = codes[up], start + begins[up], start + ends[up], kw[up], measured[up]

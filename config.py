@@ -559,7 +559,7 @@ def _digest(parts: dict) -> str:
 
 def train_digest(cfg: Config) -> str:
     """Digest of all that every member must share: model, data, optimizer, rounds, budget, seed, numerics of sync."""
-    c = plain(cfg)
+    c = {k: plain(cfg[k]) for k in ("clock", "model", "data", "optim", "rounds", "sync", "budget", "eval")} | {"seed": cfg["seed"]}
     data = {k: v for k, v in c["data"].items() if k not in ("dir", "workers")}
     model = {k: v for k, v in c["model"].items() if k not in ("compile", "init")}  # theta_0 has a digest of its own
     sync = {k: c["sync"][k] for k in ("wire", "chunk_mb", "topology")}
