@@ -326,10 +326,9 @@ def load(argv: list[str]) -> Config:
         if "=" not in arg:
             raise BadInput(f"argument {arg!r} is not of the form key=value")
     try:
-        cfg = OmegaConf.structured(Config)
-        cfg = OmegaConf.merge(cfg, *_layers(path))
+        cfg = OmegaConf.unsafe_merge(OmegaConf.structured(Config), *_layers(path))  # nothing is merged into again: no copies
         known = list(cfg.sites)
-        cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(argv[1:])))
+        cfg = OmegaConf.unsafe_merge(cfg, OmegaConf.from_dotlist(list(argv[1:])))
         if extra := [name for name in cfg.sites if name not in known]:
             raise BadInput(f"unknown site {extra[0]!r} on the command line; sites of {path}: {', '.join(known)}")
         OmegaConf.to_container(cfg, throw_on_missing=True)
@@ -344,13 +343,18 @@ def load(argv: list[str]) -> Config:
     return cfg
 
 
+def read_yaml(path: Path) -> Any:
+    """A YAML file as OmegaConf has it, up to some 20,000 sites; OmegaConf's own limit, against files that blow up, is at 250."""
+    return OmegaConf.load(path, max_yaml_expanded_nodes=10**6)
+
+
 def _layers(path: Path, above: tuple = ()) -> list:
     """A YAML file below what its `base:` names (a path relative to it), and so on down."""
     if not path.is_file():
         raise BadInput(f"{above[-1]}: base: {path} does not exist; it is relative to the file that names it")
     if path.resolve() in above:
         raise BadInput(f"{path}: base: leads back to itself")
-    layer = OmegaConf.load(path)
+    layer = read_yaml(path)
     base = layer.pop("base", None) if OmegaConf.is_dict(layer) else None
     return (_layers(path.parent / str(base), (*above, path.resolve())) if base else []) + [layer]
 

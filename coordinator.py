@@ -18,6 +18,7 @@ import contextlib
 import errno
 import fcntl
 import queue
+import resource
 import shutil
 import signal
 import sys
@@ -49,6 +50,7 @@ RUN_FILES = ("*.jsonl", "intervals.csv", "energy.csv", "signals.csv", "summary.j
 INTERVALS_EVERY_S, INTERVALS_SHARE = 5.0, 0.02  # intervals.csv is written every so often, and takes at most this share of the time
 ABOUT_ALL = ("members", "leases", "rates", "weights")  # of an action: it grows with the members, and each is told its own
 READINGS_EVERY_S = 1.0
+PREDICT_S = 3.0
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 RUN_FOLDERS = ("state", "sites", "figures", "wandb", "logs")
 
@@ -218,12 +220,22 @@ class Coordinator:
         self.unheard = {name for name, site in run.schedule.sites.items() if site.state != "off"}
 
     def _predict(self) -> float | None:
-        """When the schedule should end by configured rates: for the ETA. Nobody knows with live signals."""
+        """When the schedule should end by configured rates, for the ETA; where the trace ends if that takes too long to work out. With live
+        signals nobody knows."""
         if self.live:
             return None
         ahead, samples = simulate.new_run(self.cfg, self.trace)
         ahead.facts, ahead.schedule.timed = replace(ahead.facts, timed=True), True
-        simulate.drive(ahead, samples)
+        until = time.monotonic() + PREDICT_S
+
+        def check(records: list[dict]) -> None:
+            if time.monotonic() > until:
+                raise TimeoutError
+
+        try:
+            simulate.drive(ahead, samples, journal=check)
+        except TimeoutError:
+            return ahead.facts.end_s
         return max((r.end_s for r in ahead.meter.closed(ahead.facts.end_s) if r.state != "off"), default=0.0)
 
     # -- the virtual clock --------------------------------------------------------------------------------------------
@@ -765,8 +777,18 @@ class Coordinator:
         self.vault.close()
 
 
+def allow_connections(num_sites: int) -> None:
+    """Two connections a site, and what a process has open anyway. Raises BadInput if this system will not have it."""
+    need, (now, most) = 2 * num_sites + 200, resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < need:
+        raise BadInput(f"{num_sites} sites need {need} open files, this system allows {most}; raise it (ulimit -Hn) or take fewer sites")
+    if now != resource.RLIM_INFINITY and now < need:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, most))
+
+
 def run_command(argv: list[str]) -> int:
     cfg = config.load(argv)
+    allow_connections(len(cfg.sites))
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
@@ -817,7 +839,7 @@ def check_command(argv: list[str]) -> int:
     path = Path(argv[0] if argv else "") / "journal.jsonl"
     if not path.is_file():
         raise BadInput(f"{path} does not exist; say coordinator.py check RUN_DIR")
-    cfg = OmegaConf.load(path.with_name("config.yaml"))
+    cfg = config.read_yaml(path.with_name("config.yaml"))
     records = read(path)
     held = {file.parent.name: report.read_lines(file) for file in sorted(path.parent.glob("sites/*/held.jsonl"))}
     results = check(records, cfg.budget.tokens // cfg.data.tokens_per_step) + (check_held(records, held) if records else [])

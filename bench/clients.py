@@ -323,7 +323,7 @@ class Crowd:
             began = time.monotonic()
             if None in hot and not self.answer(self.questions.readline().decode()):
                 return
-            share = int(len(self.order) * min(1.0, (began - last) / EVERY_S)) + 1
+            share = min(int(len(self.order) * (began - last) / EVERY_S) + 1, len(self.order))
             last = began
             idle = [self.order[i] for i in range(share)]
             self.order.rotate(-share)
@@ -403,7 +403,7 @@ class Bench:
             [sys.executable, "-u", str(REPO / "coordinator.py"), str(self.config)], cwd=self.folder, stdout=log.open("a"),
             stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        while "control channel at" not in log.read_text()[at:]:
+        while b"control channel at" not in log.read_bytes()[at:]:
             if self.head.poll() is not None or time.monotonic() > began + JOIN_S:
                 raise SystemExit(f"the coordinator did not start: {log.read_text()[-2000:]}")
             time.sleep(0.05)
