@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import queue
+import random
 import socket
 import threading
 import time
@@ -489,7 +490,8 @@ class Link(Pump):
         self._greeted = 0.0
         self._moved: str | None = None
         self._lost_track = False
-        self._heard = self._beat = time.monotonic()
+        self._heard = time.monotonic()
+        self._beat = self._heard - heartbeat_s * random.random()  # a thousand sites that start together do not speak at once
         self._replies: dict[int, queue.SimpleQueue] = {}
         self._next_id = 0
         self._lock = threading.Lock()
