@@ -839,7 +839,7 @@ def account_command(argv: list[str]) -> int:
     rows, cfg, folder = read_intervals(argv[0]), config.load(argv[1:]), Path(argv[0]).parent
     readings = [] if energy is None else read_readings(energy)
     if cfg.clock.start == "now" and (folder / "config.yaml").is_file():
-        cfg = config.begun(cfg, config.OmegaConf.load(folder / "config.yaml").clock.start)
+        cfg = config.begun(cfg, config.read_yaml(folder / "config.yaml").clock.start)
     traces = load_traces(cfg, folder, max((row.end_s for row in rows), default=0.0))
     prices = load_prices(cfg, traces)
     used = [row for row in rows if row.site in cfg.sites]
