@@ -61,6 +61,9 @@ class Agreement:
     def living(self) -> list[str]:
         return [s for s in self.tokens if s not in self.gone]
 
+    def lives(self, site: str) -> bool:
+        return site in self.tokens and site not in self.gone
+
     def attempt(self) -> Verdict | None:
         """Begin the next attempt among those alive; a verdict if there can be none."""
         tokens = {s: n for s, n in self.frozen.items() if s not in self.gone}

@@ -679,8 +679,11 @@ def account(
     """
     start, low = config.start_unix(cfg), cfg.carbon.curtailed_below_g_per_kwh
     by_site, sites = rows if isinstance(rows, dict) else columns(rows), {}
+    read: dict[str, list[Reading]] = {}
+    for r in readings:
+        read.setdefault(r.site, []).append(r)
     for name, spec in cfg.sites.items():
-        mine = [r for r in readings if r.site == name]
+        mine = read.get(name, [])
         codes, begins, ends, kw, measured = drawn(by_site.get(name, NOTHING), spec, mine)
         up = codes != CODES["off"]
         codes, t0, t1, kw, measured = codes[up], start + begins[up], start + ends[up], kw[up], measured[up]
@@ -836,7 +839,7 @@ def account_command(argv: list[str]) -> int:
     rows, cfg, folder = read_intervals(argv[0]), config.load(argv[1:]), Path(argv[0]).parent
     readings = [] if energy is None else read_readings(energy)
     if cfg.clock.start == "now" and (folder / "config.yaml").is_file():
-        cfg = config.begun(cfg, config.OmegaConf.load(folder / "config.yaml").clock.start)
+        cfg = config.begun(cfg, config.read_yaml(folder / "config.yaml").clock.start)
     traces = load_traces(cfg, folder, max((row.end_s for row in rows), default=0.0))
     prices = load_prices(cfg, traces)
     used = [row for row in rows if row.site in cfg.sites]

@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import queue
+import random
 import socket
 import threading
 import time
@@ -47,6 +48,7 @@ MAX_HEADER = 1 << 20
 QUIET = logging.getLogger("curtail.auth")  # pyzmq would log every refused key; we tell of each once
 QUIET.addHandler(logging.NullHandler())
 QUIET.propagate = False
+BURST = 100  # messages handled in one go; then what is to be sent goes out
 MAX_KEYS, MAX_VALUE = 4096, 1 << 16  # rendezvous: keys at a time, bytes of one
 HANDSHAKE_MS = 5000  # a connection that has not shown a key by then is closed
 
@@ -86,11 +88,14 @@ def read_key(folder: Path, name: str, secret: bool) -> tuple[bytes, bytes | None
 
 
 class Pump(threading.Thread):
-    """Owns one socket: sends what `send` queued, hands what arrives to `handle`, calls `tick` now and then."""
+    """Owns one socket: sends what `post` queued, hands what arrives to `receive`, calls `tick` now and then.
 
-    def __init__(self, name: str):
+    context: one that is shared, where many live in one process.
+    """
+
+    def __init__(self, name: str, context: zmq.Context | None = None):
         super().__init__(name=name, daemon=True)
-        self.context = zmq.Context()
+        self.shares, self.context = context is not None, context or zmq.Context()
         self.inbox: queue.Queue = queue.Queue()
         self.error: str | None = None
         self._outgoing: queue.SimpleQueue = queue.SimpleQueue()
@@ -106,19 +111,22 @@ class Pump(threading.Thread):
 
     def run(self) -> None:
         poller = zmq.Poller()
-        poller.register(self.socket, zmq.POLLIN)
-        poller.register(self._wake_r, zmq.POLLIN)
         self.register(poller)
         while not self._closing.is_set():
-            ready = dict(poller.poll(POLL_MS))
-            if self._wake_r in ready:
-                os.read(self._wake_r, 4096)
-            self._drain()
-            while self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-                self.receive(self.socket.recv_multipart(copy=False))
-            self.tick(ready)
+            self.turn(dict(poller.poll(POLL_MS)))
         self._drain()
         self.socket.close(linger=1000)
+
+    def turn(self, ready: dict) -> None:
+        """Once round: what polling found `ready`."""
+        if self._wake_r in ready:
+            os.read(self._wake_r, 4096)
+        self._drain()
+        for _ in range(BURST):
+            if not self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                break
+            self.receive(self.socket.recv_multipart(copy=False))
+        self.tick(ready)
 
     def _drain(self) -> None:
         while True:
@@ -135,7 +143,9 @@ class Pump(threading.Thread):
         self.socket.send_multipart(parts, copy=False)
 
     def register(self, poller: zmq.Poller) -> None:
-        """Add more to poll."""
+        """What to poll."""
+        poller.register(self.socket, zmq.POLLIN)
+        poller.register(self._wake_r, zmq.POLLIN)
 
     def receive(self, frames: list[zmq.Frame]) -> None:
         raise AssertionError("each end says what it does with a message")
@@ -149,7 +159,8 @@ class Pump(threading.Thread):
             self._closing.set()
             os.write(self._wake_w, b".")
             self.join(timeout=5)
-            self.context.destroy(linger=1000)
+            if not self.shares:
+                self.context.destroy(linger=1000)
 
 
 def pack(header: dict, payload=b"") -> list:
@@ -203,6 +214,7 @@ class Hub(Pump):
         self.socket.router_mandatory = True
         self.socket.maxmsgsize = max_bytes + MAX_HEADER
         self.socket.handshake_ivl = HANDSHAKE_MS
+        self.socket.backlog = max(128, len(names))  # all sites may come at once
         self._monitor = self.socket.get_monitor_socket(
             zmq.EVENT_DISCONNECTED | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         )
@@ -236,8 +248,20 @@ class Hub(Pump):
         """Its connection has closed and is not made again (yet)."""
         return site in self._closed
 
+    def all_closed(self) -> list[str]:
+        return list(self._closed)
+
     def silent_s(self, site: str) -> float:
         return time.monotonic() - self._seen.get(site, 0.0)
+
+    def silent(self, dead_s: float) -> list[str]:
+        """Connected sites that have not been heard for longer."""
+        before, seen = time.monotonic() - dead_s, self._seen
+        return [site for site in self._identity if seen[site] < before]
+
+    def longest_silent_s(self) -> float:
+        """Of all connected sites; 0 if there are none."""
+        return time.monotonic() - min(map(self._seen.get, self._identity), default=time.monotonic())
 
     def send(self, site: str, header: dict, payload=b"") -> None:
         if site in self._identity:
@@ -314,6 +338,7 @@ class Hub(Pump):
         self._waiting = still
 
     def register(self, poller: zmq.Poller) -> None:
+        super().register(poller)
         poller.register(self._monitor, zmq.POLLIN)
 
     def _watch(self, ready: dict) -> None:
@@ -393,14 +418,14 @@ class Hub(Pump):
 
 
 class AllowList:
-    """Says to the authenticator which keys may talk to us: those of `names` in the folder, looked up again every second.
-    Tells of each refused key once."""
+    """Says to the authenticator which keys may talk to us: those of `names` in the folder, looked up again every second (files
+    that are as they were are not read again). Tells of each refused key once."""
 
     def __init__(self, folder: Path, names: list[str]):
         self.folder, self.names = folder, names
         self.refused: set[str] = set()
         self.sites = {read_key(folder, name, secret=False)[0].decode(): name for name in names}
-        self._looked = time.monotonic()
+        self._looked, self._files = time.monotonic(), None
 
     def site_of(self, z85: str | None) -> str | None:
         return self.sites.get(z85)
@@ -410,6 +435,11 @@ class AllowList:
         if time.monotonic() - self._looked < 1.0:
             return []
         self._looked, found = time.monotonic(), {}
+        with os.scandir(self.folder) as there:
+            files = {(f.name, (s := f.stat()).st_mtime_ns, s.st_size, s.st_ino) for f in there if f.name.endswith(".key")}
+        if files == self._files:
+            return []
+        self._files = files
         for name in self.names:
             with contextlib.suppress(BadInput):
                 found[read_key(self.folder, name, secret=False)[0].decode()] = name
@@ -451,21 +481,23 @@ class Link(Pump):
     `hello` is said with `status` (kept up to date by the main thread) at the start and whenever we are not known.
     """
 
-    def __init__(self, address: str, keys: Path, site: str, heartbeat_s: float, dead_s: float, hello: dict):
-        super().__init__("link")
+    def __init__(self, address: str, keys: Path, site: str, heartbeat_s: float, dead_s: float, hello: dict,
+                 context: zmq.Context | None = None):  # fmt: skip
+        super().__init__("link", context)
         self.address, self.heartbeat_s, self.dead_s = address, heartbeat_s, dead_s
         self.hello, self.status = hello, {}
         self.welcomed = False
         self._greeted = 0.0
         self._moved: str | None = None
         self._lost_track = False
-        self._heard = self._beat = time.monotonic()
+        self._heard = time.monotonic()
+        self._beat = self._heard - heartbeat_s * random.random()  # a thousand sites that start together do not speak at once
         self._replies: dict[int, queue.SimpleQueue] = {}
         self._next_id = 0
         self._lock = threading.Lock()
         self.socket = dealer(self.context, keys, site)
         self._lane: Lane | None = None  # from the first that needs it
-        self._new_lane = lambda: Lane(self.address, keys, site, self._arrived)
+        self._new_lane = lambda: Lane(self.address, keys, site, self._arrived, context)
         self._monitor = self.socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_FAILED_AUTH
             | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -525,6 +557,7 @@ class Link(Pump):
         self._moved = address
 
     def register(self, poller: zmq.Poller) -> None:
+        super().register(poller)
         poller.register(self._monitor, zmq.POLLIN)
 
     def receive(self, frames: list[zmq.Frame]) -> None:
@@ -599,8 +632,8 @@ class Link(Pump):
 class Lane(Pump):
     """A site's second connection, for what is large. `arrived(header, payload)` gets the answers."""
 
-    def __init__(self, address: str, keys: Path, site: str, arrived):
-        super().__init__("lane")
+    def __init__(self, address: str, keys: Path, site: str, arrived, context: zmq.Context | None = None):
+        super().__init__("lane", context)
         self.arrived = arrived
         self.socket = dealer(self.context, keys, site)
         self.socket.connect(f"tcp://{address}")

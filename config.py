@@ -327,10 +327,9 @@ def load(argv: list[str]) -> Config:
         if "=" not in arg:
             raise BadInput(f"argument {arg!r} is not of the form key=value")
     try:
-        cfg = OmegaConf.structured(Config)
-        cfg = OmegaConf.merge(cfg, *_layers(path))
+        cfg = OmegaConf.unsafe_merge(OmegaConf.structured(Config), *_layers(path))  # nothing is merged into again: no copies
         known = list(cfg.sites)
-        cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(argv[1:])))
+        cfg = OmegaConf.unsafe_merge(cfg, OmegaConf.from_dotlist(list(argv[1:])))
         if extra := [name for name in cfg.sites if name not in known]:
             raise BadInput(f"unknown site {extra[0]!r} on the command line; sites of {path}: {', '.join(known)}")
         OmegaConf.to_container(cfg, throw_on_missing=True)
@@ -347,13 +346,18 @@ def load(argv: list[str]) -> Config:
     return cfg
 
 
+def read_yaml(path: Path) -> Any:
+    """A YAML file as OmegaConf has it, up to some 20,000 sites; OmegaConf's own limit, against files that blow up, is at 250."""
+    return OmegaConf.load(path, max_yaml_expanded_nodes=10**6)
+
+
 def _layers(path: Path, above: tuple = ()) -> list:
     """A YAML file below what its `base:` names (a path relative to it), and so on down."""
     if not path.is_file():
         raise BadInput(f"{above[-1]}: base: {path} does not exist; it is relative to the file that names it")
     if path.resolve() in above:
         raise BadInput(f"{path}: base: leads back to itself")
-    layer = OmegaConf.load(path)
+    layer = read_yaml(path)
     base = layer.pop("base", None) if OmegaConf.is_dict(layer) else None
     return (_layers(path.parent / str(base), (*above, path.resolve())) if base else []) + [layer]
 
@@ -521,16 +525,21 @@ def start_unix(cfg: Config) -> int:
     """`clock.start` in whole UTC seconds; `begun` replaces `now`."""
     if cfg.clock.start == "now":
         raise BadInput("clock.start=now: the run has not begun; take the config in its folder, runs/RUN/config.yaml")
+    return unix_of(cfg.clock.start, "clock.start")
+
+
+def unix_of(text: str, key: str) -> int:
+    """An ISO time with its zone -> whole UTC seconds. key: what to call it when it is wrong."""
     try:
-        moment = datetime.fromisoformat(cfg.clock.start)
+        moment = datetime.fromisoformat(text)
     except ValueError:
-        raise BadInput(f"clock.start={cfg.clock.start!r} is not a time; write e.g. 2026-01-11T17:00:00Z") from None
+        raise BadInput(f"{key}={text!r} is not a time; write e.g. 2026-01-11T17:00:00Z") from None
     if moment.tzinfo is None:
-        raise BadInput(f"clock.start={cfg.clock.start!r} names no zone; write e.g. {cfg.clock.start}Z")
+        raise BadInput(f"{key}={text!r} names no zone; write e.g. {text}Z")
     try:
         return int(moment.astimezone(UTC).timestamp())
     except (OverflowError, ValueError):
-        raise BadInput(f"clock.start={cfg.clock.start!r} is out of range") from None
+        raise BadInput(f"{key}={text!r} is out of range") from None
 
 
 def num_batches(cfg: Config) -> int:
@@ -557,7 +566,7 @@ def _digest(parts: dict) -> str:
 
 def train_digest(cfg: Config) -> str:
     """Digest of all that every member must share: model, data, optimizer, rounds, budget, seed, numerics of sync."""
-    c = plain(cfg)
+    c = {k: plain(cfg[k]) for k in ("clock", "model", "data", "optim", "rounds", "sync", "budget", "eval")} | {"seed": cfg["seed"]}
     data = {k: v for k, v in c["data"].items() if k not in ("dir", "workers")}
     model = {k: v for k, v in c["model"].items() if k not in ("compile", "init")}  # theta_0 has a digest of its own
     sync = {k: c["sync"][k] for k in ("wire", "chunk_mb", "topology")}

@@ -18,6 +18,7 @@ import contextlib
 import errno
 import fcntl
 import queue
+import resource
 import shutil
 import signal
 import sys
@@ -46,8 +47,10 @@ from rounds import Action, Run
 from vault import Vault
 
 RUN_FILES = ("*.jsonl", "intervals.csv", "energy.csv", "signals.csv", "summary.json", "config.yaml", "address")
-INTERVALS_EVERY_S = 5.0
+INTERVALS_EVERY_S, INTERVALS_SHARE = 5.0, 0.02  # intervals.csv is written every so often, and takes at most this share of the time
+ABOUT_ALL = ("members", "leases", "rates", "weights")  # of an action: it grows with the members, and each is told its own
 READINGS_EVERY_S = 1.0
+PREDICT_S = 3.0
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 RUN_FOLDERS = ("state", "sites", "figures", "wandb", "logs")
 
@@ -60,6 +63,7 @@ class Coordinator:
     def __init__(self, cfg):
         self.cfg, self.dir = cfg, config.run_dir(cfg)
         self.virtual = cfg.clock.mode == "virtual"
+        self.names, self.digest = list(cfg.sites), config.train_digest(cfg)
         self.trace, sources = (None, signals.sources(cfg)) if config.is_live(cfg) else (carbon.load_traces(cfg), None)
         self.corpus = Corpus(cfg)
         try:
@@ -99,6 +103,7 @@ class Coordinator:
         self.took_s: dict[str, dict[str, float]] = {}  # wire format -> site -> seconds of its last average in it
         self._choose_wire([])
         self.fetch_id, self.fetches = 0, {}  # site -> its last fetch
+        self.write_again = 0.0  # monotonic: not before
         self._receiving: tuple[str, torch.Tensor] | None = None
 
     # -- set-up -------------------------------------------------------------------------------------------------------
@@ -121,7 +126,7 @@ class Coordinator:
                 shutil.rmtree(self.dir / folder, ignore_errors=True)
         path = self.dir / "journal.jsonl"
         records = Journal(path).records
-        for name, here in (("config_digest", config.train_digest(self.cfg)), ("schedule_digest", config.schedule_digest(self.cfg))):
+        for name, here in (("config_digest", self.digest), ("schedule_digest", config.schedule_digest(self.cfg))):
             if records and records[0][name] != here:
                 raise BadInput(f"{self.dir} was started with {name} {records[0][name]}, this config has {here}; take run=NEW, "
                                f"fresh=true, or the config in {self.dir}/config.yaml")  # fmt: skip
@@ -175,7 +180,7 @@ class Coordinator:
         self.vault.genesis(shape, uuid.uuid4().hex[:12])
         self.epoch = float(config.start_unix(self.cfg)) if self.live else time.time()
         self.journal.add([{
-            "t_s": 0.0, "type": "genesis", "digest": self.vault.digests[0][0], "config_digest": config.train_digest(self.cfg),
+            "t_s": 0.0, "type": "genesis", "digest": self.vault.digests[0][0], "config_digest": self.digest,
             "schedule_digest": config.schedule_digest(self.cfg), "corpus_digest": self.corpus.digest,
             "wall": {"run_id": self.vault.run_id, "epoch_unix": self.epoch, "versions": config.versions()},
         }])  # fmt: skip
@@ -215,12 +220,22 @@ class Coordinator:
         self.unheard = {name for name, site in run.schedule.sites.items() if site.state != "off"}
 
     def _predict(self) -> float | None:
-        """When the schedule should end by configured rates: for the ETA. Nobody knows with live signals."""
+        """When the schedule should end by configured rates, for the ETA; where the trace ends if that takes too long to work out. With live
+        signals nobody knows."""
         if self.live:
             return None
         ahead, samples = simulate.new_run(self.cfg, self.trace)
         ahead.facts, ahead.schedule.timed = replace(ahead.facts, timed=True), True
-        simulate.drive(ahead, samples)
+        until = time.monotonic() + PREDICT_S
+
+        def check(records: list[dict]) -> None:
+            if time.monotonic() > until:
+                raise TimeoutError
+
+        try:
+            simulate.drive(ahead, samples, journal=check)
+        except TimeoutError:
+            return ahead.facts.end_s
         return max((r.end_s for r in ahead.meter.closed(ahead.facts.end_s) if r.state != "off"), default=0.0)
 
     # -- the virtual clock --------------------------------------------------------------------------------------------
@@ -237,7 +252,7 @@ class Coordinator:
         for record in records:
             if line := report.describe(record, self.cfg, self.run):
                 print(line, flush=True)
-            self.panel.log(record, self.run, self.traces, self.prices, self._intervals(record["t_s"]), self.readings)
+            self.panel.log(record, self.run, self.traces, self.prices, self._columns, self.readings)
 
     def execute(self, t: float, action: Action, run: Run) -> None:
         """Carry out one action, waiting for the sites where the next decision needs them."""
@@ -342,11 +357,10 @@ class Coordinator:
                 self._tell(action)
 
     def _check_alive(self) -> None:
-        for site in self.cfg.sites:
-            if self.hub.connected(site) and self.hub.silent_s(site) > self.cfg.sync.dead_s:
-                self._lost(site, f"has not been heard for {self.cfg.sync.dead_s:g} s")
-            elif not self.virtual and self.hub.closed(site):
-                self.run.hurry_store(self.t, site)
+        for site in self.hub.silent(dead_s := self.timeouts.dead_s):
+            self._lost(site, f"has not been heard for {dead_s:g} s")
+        for site in self.hub.all_closed() if not self.virtual else ():
+            self.run.hurry_store(self.t, site)
 
     def _lost(self, site: str, why: str, sure: bool = False) -> None:
         """A site's process is gone, or as good as gone; whoever waits for it is told."""
@@ -381,7 +395,7 @@ class Coordinator:
             run.advance(self.t)
             self._carry_out()
             due = min(run.next_time(), self.samples.next_time()) - self.t
-            dead = min((self.cfg.sync.dead_s - self.hub.silent_s(s) for s in self.cfg.sites if self.hub.connected(s)), default=1.0)
+            dead = self.timeouts.dead_s - self.hub.longest_silent_s()
             self._receive(min(0.2, max(0.001, min(due, dead))))
             self._check_alive()
             self._carry_out()
@@ -390,7 +404,7 @@ class Coordinator:
                     self._lost(site, "has not come back since the coordinator was restarted")
                 self.unheard.clear()
             if time.monotonic() - written > INTERVALS_EVERY_S:
-                carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.t))
+                self._write_intervals()
                 written = time.monotonic()
         self._carry_out()
 
@@ -418,11 +432,15 @@ class Coordinator:
 
     def _tell(self, action: Action) -> None:
         """Send an action to those it is for."""
-        d, header = action.data, {"type": action.kind} | action.data
+        d = action.data
+        header = {"type": action.kind} | {k: v for k, v in d.items() if k not in ABOUT_ALL}
+        if "members" in d:
+            header["num_members"] = len(d["members"])
         if action.kind == "open":
+            spent, rate = self._spent(), sum(d["rates"].values())
             for site in d["members"]:
-                own = {"leases": d["leases"][site], "signal": self._signal(site, self.t, self.t)}
-                self.hub.send(site, header | own | self._spent(site))
+                own = {"leases": d["leases"][site], "rate_ratio": rate / d["rates"][site], "signal": self._signal(site, self.t, self.t)}
+                self.hub.send(site, header | own | {k: spent[site][k] for k in ("energy_kwh", "emissions_kg", "cost")})
         elif action.kind == "attempt":
             self.hub.attempt(d["round"], d["attempt"], d["members"], d["wire"], star=d["topology"] == "star")
             last = max(self.frozen_at.get(s, 0.0) for s in d["members"])
@@ -445,7 +463,7 @@ class Coordinator:
                 result, self.result = self.result.get(d["digest"]), {}
                 if result is not None:  # it is here already
                     self._write(made, "", {"delta": result})
-            carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.t))
+            self._write_intervals()
         elif action.kind == "rollback":
             self.owed_stores, self.owed_evals, self.result = {}, {}, {}
             self.vault.roll_back()
@@ -471,7 +489,8 @@ class Coordinator:
         """What the site's grid reported from t0 to t1, as [t_s, gCO2/kWh, currency/MWh or None]: for its own log."""
         trace, start = self.traces[self.cfg.sites[site].region], config.start_unix(self.cfg)
         both = [trace] if self.prices is None else [trace, self.prices[carbon.price_column(self.cfg.sites[site])]]
-        edges = sorted({float(s - start) for one in both for s in one.starts if t0 < s - start < t1})
+        between = [one.starts[one.starts.searchsorted(start + t0, side="right") : one.starts.searchsorted(start + t1)] for one in both]
+        edges = sorted({float(s - start) for some in between for s in some})
         return [[t, trace.at(start + t), self._price(site, t)] for t in [t0, *edges] if trace.begin <= start + t < trace.end]
 
     def _price(self, site: str, t: float) -> float | None:
@@ -485,11 +504,19 @@ class Coordinator:
         """Who was in which power state up to t, as far as the trace can account for it."""
         return self.run.meter.closed(min(t, self.run.facts.end_s))
 
-    def _spent(self, site: str) -> dict:
-        """What the site has drawn, emitted and cost up to now, exact rule: the base of its log of the coming round."""
-        rows = [r for r in self._intervals(self.t) if r.site == site]
-        spent = carbon.account(rows, self.cfg, self.traces, self.readings, self.prices)["sites"][site]
-        return {key: spent[key] for key in ("energy_kwh", "emissions_kg", "cost")}
+    def _columns(self, t: float) -> carbon.Columns:
+        """The same as arrays."""
+        return self.run.meter.columns(min(t, self.run.facts.end_s))
+
+    def _write_intervals(self) -> None:
+        """intervals.csv as it is now. It is written whole: the longer that takes, the more rarely."""
+        if (began := time.monotonic()) >= self.write_again:
+            carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.t))
+            self.write_again = began + (time.monotonic() - began) / INTERVALS_SHARE
+
+    def _spent(self) -> dict[str, dict]:
+        """What each site has drawn, emitted and cost up to now, exact rule: the base of its log of the coming round."""
+        return carbon.account(self._columns(self.t), self.cfg, self.traces, self.readings, self.prices)["sites"]
 
     # -- hearing the sites --------------------------------------------------------------------------------------------
 
@@ -513,7 +540,7 @@ class Coordinator:
             handler(site, header, payload)
 
     def _on_hello(self, site: str, hello: dict, identity: bytes) -> None:
-        ours = {"site": site, "config digest": config.train_digest(self.cfg), "corpus digest": self.corpus.digest,
+        ours = {"site": site, "config digest": self.digest, "corpus digest": self.corpus.digest,
                 "tokenizer digest": self.corpus.tokenizer_digest}  # fmt: skip
         wrong = "; ".join(f"{k} is {hello.get(k)!r}, the coordinator's {v!r}" for k, v in ours.items() if hello.get(k) != v)
         if wrong:
@@ -750,8 +777,18 @@ class Coordinator:
         self.vault.close()
 
 
+def allow_connections(num_sites: int) -> None:
+    """Two connections a site, and what a process has open anyway. Raises BadInput if this system will not have it."""
+    need, (now, most) = 2 * num_sites + 200, resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < need:
+        raise BadInput(f"{num_sites} sites need {need} open files, this system allows {most}; raise it (ulimit -Hn) or take fewer sites")
+    if now != resource.RLIM_INFINITY and now < need:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, most))
+
+
 def run_command(argv: list[str]) -> int:
     cfg = config.load(argv)
+    allow_connections(len(cfg.sites))
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
@@ -802,7 +839,7 @@ def check_command(argv: list[str]) -> int:
     path = Path(argv[0] if argv else "") / "journal.jsonl"
     if not path.is_file():
         raise BadInput(f"{path} does not exist; say coordinator.py check RUN_DIR")
-    cfg = OmegaConf.load(path.with_name("config.yaml"))
+    cfg = config.read_yaml(path.with_name("config.yaml"))
     records = read(path)
     held = {file.parent.name: report.read_lines(file) for file in sorted(path.parent.glob("sites/*/held.jsonl"))}
     results = check(records, cfg.budget.tokens // cfg.data.tokens_per_step) + (check_held(records, held) if records else [])

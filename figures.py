@@ -44,7 +44,7 @@ def load(run_dir: Path) -> dict:
     for name in ("config.yaml", "journal.jsonl", "intervals.csv"):
         if not (run_dir / name).is_file():
             raise BadInput(f"{run_dir}/{name} does not exist; is {run_dir} the folder of a run that has started?")
-    cfg = OmegaConf.merge(OmegaConf.structured(config.Config), OmegaConf.load(run_dir / "config.yaml"))
+    cfg = OmegaConf.merge(OmegaConf.structured(config.Config), config.read_yaml(run_dir / "config.yaml"))
     rows = carbon.read_intervals(str(run_dir / "intervals.csv"))
     run = {
         "dir": run_dir, "cfg": cfg, "traces": (traces := carbon.load_traces(cfg, run_dir, max((r.end_s for r in rows), default=0.0))),

@@ -81,9 +81,10 @@ rms_norm = RMSNorm.apply
 
 
 def rotary_tables(seq_len: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """cos, and sin with the sign of its half, each (T, 1, D), fp32."""
-    inv_freq = ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
-    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32), inv_freq)[:, None, :]
+    """cos, and sin with the sign of its half, each (T, 1, D), fp32; made on the CPU: on the meta device, where parameters are only
+    counted, arange imports torch._dynamo, which costs the coordinator 70 MiB and 2 s."""
+    inv_freq = ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device="cpu") / head_width)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device="cpu"), inv_freq)[:, None, :]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
@@ -219,7 +220,8 @@ class GPT(nn.Module):
         super().__init__()
         self.shape = s
         self.checkpointing = False  # recompute each block in the backward pass, instead of keeping what it computed
-        self.embed = nn.Embedding(s.vocab, s.width)
+        # Drawn by init_weights: a draw of nn.Embedding's own would import torch._dynamo on the meta device.
+        self.embed = nn.Embedding.from_pretrained(torch.empty(s.vocab, s.width), freeze=False)
         self.blocks = nn.ModuleList(Block(s) for _ in range(s.depth))
         self.head = Head(s)
         self.residual = nn.Parameter(torch.ones(s.depth)) if s.residual_scalars else None

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from journal import effective, mend
 from journal import read as read_journal
 from ledger import count
 
+SHOWN = 12  # sites named in one line; of more there are only so many
 EMA = 0.99  # of the train loss, without bias correction: the paper's smoothed perplexity
 
 
@@ -48,14 +50,21 @@ def opening(cfg, traces, num_params: int, address: str, predicted_end_s: float |
         f"  outer    {cfg.rounds.outer} lr {cfg.rounds.outer_lr:g} momentum {cfg.rounds.outer_momentum:g}; rounds of "
         f"{cfg.rounds.train_s:g} s + {cfg.rounds.sync_s:g} s sync; inner state {cfg.rounds.inner_state}; {cfg.sync.topology}",
     ]
-    for name, site in cfg.sites.items():
+    for name, site in list(cfg.sites.items())[:SHOWN]:
         windows = [] if live else traces[site.region].below(cfg.policy.on_below_g_per_kwh, start, traces[site.region].end)
         text = ", ".join(f"{carbon.iso(a)[11:16]}-{carbon.iso(b)[11:16]}" for a, b in windows[:4]) or ("as they come" if live else "none")
         lines.append(f"  {name:15} {site.region:12} {site.tokens_per_s:g} tokens/s, {site.train_kw:g} kW; windows {text}")
+    if len(cfg.sites) > SHOWN:
+        lines.append(f"  and {len(cfg.sites) - SHOWN} more sites")
     lines.append("  time-outs, each from the one above it")
     lines.append(timeouts.table())
     lines.append(f"  written  {config.run_dir(cfg)}; control channel at {address} (CURVE keys in {config.run_dir(cfg)}/keys)")
     return "\n".join(lines)
+
+
+def several(sites: list[str]) -> str:
+    more = len(sites) - SHOWN
+    return " + ".join(sites) if more <= 0 else f"{' + '.join(sites[:SHOWN])} and {more} more"
 
 
 def describe(record: dict, cfg, run) -> str | None:
@@ -68,7 +77,7 @@ def describe(record: dict, cfg, run) -> str | None:
         word = "off" if record["reason"] == "run ended" else words[record["to"]]
         return f"{record['site']:15} | {at} {word}: {record['reason']}"
     if kind == "open" and record["mode"] == "federated":
-        return f"{'federated':15} | {at} round {record['round']}: {' + '.join(record['members'])}"
+        return f"{'federated':15} | {at} round {record['round']}: {several(record['members'])}"
     if kind == "open":
         return f"{'local':15} | {at} round {record['round']}: {record['members'][0]}"
     if kind == "commit":
@@ -91,7 +100,8 @@ def describe(record: dict, cfg, run) -> str | None:
 def step_line(cfg, site: str, p: dict, run, predicted_end_s: float | None) -> str:
     """One aligned line per logged step. ETA in two currencies: training time left, and the clock given the windows."""
     num_steps = config.num_batches(cfg)
-    rate = sum(s.tokens_per_s for n, s in cfg.sites.items() if run.now and n in run.now.members) or cfg.sites[site].tokens_per_s
+    rates = run.facts.rates
+    rate = sum(rates[n] for n in run.now.members) if run.now else rates[site]
     train_h = (cfg.budget.tokens - min(p["step"] * cfg.data.tokens_per_step, cfg.budget.tokens)) / rate / 3600
     wall = "   ?" if predicted_end_s is None else f"{max(0.0, predicted_end_s - p['t_s']) / 3600:4.1f}"
     mfu = f"  MFU {p['mfu']:4.1%}" if p.get("mfu") else ""
@@ -180,12 +190,12 @@ class Panel:
                 "energy/method": record.get("energy_method", "model"),
             })  # fmt: skip
 
-    def log(self, record: dict, run, traces, prices, rows: list[carbon.Interval], readings: list[carbon.Reading]) -> None:
+    def log(self, record: dict, run, traces, prices, columns: Callable[[float], carbon.Columns], readings: list[carbon.Reading]) -> None:
         """The coordinator's run: totals at each commit, validation when measured."""
         if not self.wandb or record["type"] not in ("commit", "eval"):
             return
         cfg = self.cfg
-        total = carbon.account(rows, cfg, traces, readings, prices)
+        total = carbon.account(columns(record["t_s"]), cfg, traces, readings, prices)
         row = {"tokens": run.committed_tokens, "hours": record["t_s"] / 3600, "emissions/kg": total["emissions_kg"],
                "energy/kwh": total["energy_kwh"], "energy/method": total["energy_method"], "site/mode": run.mode}  # fmt: skip
         if record["type"] == "eval":

@@ -477,7 +477,7 @@ class Run:
         """A member holds still after `steps` steps of this round. Not finite: its numbers left the finite at bad_step; it
         starts over from theta and takes part like a joiner, with zero tokens."""
         now = self.now
-        if self.phase not in ("train", "freezing") or site not in now.members or site in now.steps or site in now.gone:
+        if self.phase not in ("train", "freezing") or site not in now.leases or site in now.steps or site in now.gone:
             return
         now.silent.pop(site, None)
         if not finite:
@@ -492,6 +492,8 @@ class Run:
     def _when_frozen(self, t: float) -> None:
         """Once every member that is not gone holds still: agree, or with one member store."""
         now = self.now
+        if len(now.steps) + len(now.gone) < len(now.members):  # asked at every report: the list only at the last
+            return
         alive = [s for s in now.members if s not in now.gone]
         if any(s not in now.steps for s in alive):
             return
@@ -641,7 +643,7 @@ class Run:
         now = self.now
         if self.ended or site not in self.holds:
             return
-        if (now and site in now.members and site not in now.gone) or (now and now.agreement and site in now.agreement.living):
+        if (now and site in now.members and site not in now.gone) or (now and now.agreement and now.agreement.lives(site)):
             self._leave_out(t, site, "wrong base", why)
             self._after_loss(t)
         else:
@@ -1068,7 +1070,7 @@ class Run:
             state = self.schedule.sites[name].state
             if phase == "train" and name in now.leases and name not in now.steps and name not in now.gone:
                 state = "training"
-            elif (phase == "reduce" and name in now.agreement.living) or (phase == "handover" and state == "on"):
+            elif (phase == "reduce" and now.agreement.lives(name)) or (phase == "handover" and state == "on"):
                 state = "syncing"
             elif name in self.leaving or state == "on":
                 state = "waiting"

@@ -332,8 +332,8 @@ class Site:
             self.replica.new_inner()
         torch.set_num_threads(self.spec.threads_local if c["mode"] == "local" else self.spec.threads_federated)
         together = self.cfg.rounds.lr_position == "global"
-        ratio = sum(c["rates"].values()) / c["rates"][self.name] if together else 1.0
-        splits = len(c["rates"]) if self.cfg.rounds.split_steps else 1
+        ratio = c["rate_ratio"] if together else 1.0
+        splits = c["num_members"] if self.cfg.rounds.split_steps else 1
         batches = [b for first, last in c["leases"] for b in range(first, last)]
         drawn = self.energy().get("energy", {}).get("kwh")
         self.note(round=c["round"], open_s=c["open_s"], phase="train", steps=0, finite=True, vote="")
@@ -476,14 +476,14 @@ class Site:
             self.link.greet()
             return
         try:
-            if len(c["members"]) == 1:  # the others are gone: our own delta is the result
+            if c["num_members"] == 1:  # the others are gone: our own delta is the result
                 peers = sync.Alone()
             elif c["topology"] == "star":
                 peers = sync.Star(self.link, round_, number, self.replica.num_chunks, c["chunk_s"])
             else:
                 store = ChannelStore(self.link, f"{round_}/{number}", c["chunk_s"])
-                group = sync.ring_group(store, c["rank"], len(c["members"]), interface, c["chunk_s"])
-                peers = sync.Ring(group, c["rank"], len(c["members"]), c["chunk_s"], c["wire"])
+                group = sync.ring_group(store, c["rank"], c["num_members"], interface, c["chunk_s"])
+                peers = sync.Ring(group, c["rank"], c["num_members"], c["chunk_s"], c["wire"])
             digest = self.replica.average(c["weight"], peers, c["wire"], stepped=plan.done > 0)
         except (RuntimeError, ChannelError) as error:
             peers = group = None  # closes its sockets: the other survivors stop waiting, too

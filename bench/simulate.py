@@ -23,11 +23,12 @@ sys.path[:0] = [str(REPO)]
 import carbon  # noqa: E402
 import config  # noqa: E402
 import simulate  # noqa: E402
+from traces import make_regions  # noqa: E402
 
 STEP_S, DAY = 300, 288
 
 
-def made_up(site: int, days: int, begin: int) -> np.ndarray:
+def made_up(site: int, days: int) -> np.ndarray:
     """(days x 288,) gCO2/kWh of a made-up grid."""
     rng = np.random.Generator(np.random.PCG64(site))
     hour = np.arange(DAY) / 12
@@ -37,8 +38,8 @@ def made_up(site: int, days: int, begin: int) -> np.ndarray:
     return np.maximum(0.0, 450 - depth * valley + rng.normal(0, 15, (days, DAY))).reshape(-1)
 
 
-def year(num_sites: int, days: int):
-    """A config with that many sites, and their traces."""
+def year(num_sites: int, days: int, regions: bool = False):
+    """A config with that many sites, and their traces: made up as above, or traces/make_regions.py's."""
     sites = {f"site{i:03d}": {"region": f"R{i}", "tokens_per_s": 190832, "idle_kw": 0.468, "train_kw": 2.024,
                               "provision_s": 240, "startup_s": 100} for i in range(num_sites)}  # fmt: skip
     raw = {"run": "year", "clock": {"mode": "virtual", "start": "2026-01-01T00:00:00Z"}, "sites": sites,
@@ -48,7 +49,8 @@ def year(num_sites: int, days: int):
     config.OmegaConf.set_readonly(cfg, True)
     begin = config.start_unix(cfg)
     starts = begin + STEP_S * np.arange(days * DAY, dtype=np.int64)
-    return cfg, {f"R{i}": carbon.Trace(f"R{i}", starts, made_up(i, days, begin), STEP_S) for i in range(num_sites)}
+    grids = (v for _, v in make_regions.regions(num_sites, days, begin)) if regions else (made_up(i, days) for i in range(num_sites))
+    return cfg, {f"R{i}": carbon.Trace(f"R{i}", starts, values, STEP_S) for i, values in enumerate(grids)}
 
 
 def day() -> dict:
