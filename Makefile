@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-sync bench-links bench-flower bench-train day-gpu storm bench-recovery ablation referee clean
+.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-policies bench-deadline bench-sync bench-links bench-flower bench-train day-gpu storm bench-recovery ablation referee clean
 
 FULL := ours paper paper_two_site paper_centralized
 MINI := mini_ours mini_paper mini_two_site mini_centralized
@@ -38,6 +38,12 @@ bench-demo: $(READY)  ## the demo's numbers: time, memory, loss, emissions, stal
 
 bench-simulate: $(READY)  ## seconds and memory of the simulator: a day, a year, a year of 300 sites
 	$(BIN)/python bench/simulate.py
+
+bench-policies: $(READY)  ## who starts and stops best on real months, $$REFERENCE_DATA: about a minute
+	$(BIN)/python bench/policies.py
+
+bench-deadline: $(READY)  ## 1,000 random deadlines on real months, $$REFERENCE_DATA: about 8 minutes on 2 cores
+	$(BIN)/python bench/deadline.py --draws 1000
 
 bench-sync: $(READY)  ## what a sync costs on loopback, its parts and its memory; about 10 minutes, 20 GiB for the last
 	for n in 124e6 280e6; do for k in 2 3; do $(BIN)/python bench/sync.py --params $$n --sites $$k || exit 1; done; done

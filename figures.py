@@ -425,11 +425,10 @@ def pareto(rows: list[dict], floor: list[tuple[float, float]], folder: Path) -> 
         style = {"mfc": RUN_COLORS[i % 6] if row["exit"] == 0 else "none", "mec": RUN_COLORS[i % 6]}
         left = "" if row["exit"] == 0 else ", budget left"
         label = f"{row['policy']}: {row['emissions_kg']:.2f} kg, {row['runtime_h']:.1f} h{left}"
-        axis.plot(row["runtime_h"], row["emissions_kg"], MARKERS[i % 6], ms=9, mew=1.6, ls="", label=label, **style)
+        axis.plot(row["runtime_h"], row["emissions_kg"], MARKERS[(i + i // 6) % 6], ms=9, mew=1.6, ls="", label=label, **style)
     axis.set(xlabel="hours until the budget is trained", ylabel="kgCO2", ylim=(0, None))
-    axis.legend(frameon=False, fontsize=8.5)
+    axis.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
     bare(axis)
-    folder.mkdir(parents=True, exist_ok=True)
     return save(fig, folder, "pareto")
 
 

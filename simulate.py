@@ -2,7 +2,7 @@
 
     python simulate.py configs/demo.yaml [key=value ...] [--json] [--write]      --write: a run folder for figures.py
     python simulate.py configs/ours.yaml --sweep policy.off_delay_s=0,300,600 rounds.train_s=300,600      a CSV over the grid
-    python simulate.py configs/ours.yaml --policies threshold,forecast_gate,plan@14.6 [--out DIR]     a table and pareto.png
+    python simulate.py configs/ours.yaml --policies threshold/off_delay_s=600,forecast_gate,plan@14.6 [--out DIR]   table, pareto.png
 
 `drive` runs the very `scheduler` and `rounds` of the live run on the virtual clock; `imagine` puts "a site would have
 trained n steps" in the place of real sites. The coordinator's virtual clock is the same `drive` with real ones.
@@ -239,12 +239,9 @@ def sweep(argv: list[str], grid: list[str]) -> list[dict]:
 
 
 def compare(argv: list[str], names: list[str]) -> list[dict]:
-    """One row for each policy: a name of policy.name, or NAME@HOURS with a deadline. Beside its emissions, the floor for its own
-    training hours by the time it took, or by its deadline."""
-    cfgs = []
-    for name in names:
-        kind, at, hours = name.partition("@")
-        cfgs.append(virtual([*argv, f"policy.name={kind}", *([f"policy.deadline_h={hours}"] if at else [])]))
+    """One row for each policy: NAME, NAME@HOURS with a deadline, either with /KEY=VALUE of the policy's section. Beside its
+    emissions, the floor for its own training hours by the time it took, or by its deadline."""
+    cfgs = [virtual([*argv, *policy_keys(name)]) for name in names]
     rows = []
     for name, cfg in zip(names, cfgs):
         traces = load_traces(cfg)
@@ -255,6 +252,12 @@ def compare(argv: list[str], names: list[str]) -> list[dict]:
         least_kg = floor.with_starts(cfg, traces, summary["train_site_hours"], 3600 * by_h)
         rows.append({"policy": name} | {k: summary[k] for k in COMPARED} | {"floor_kg": least_kg, "by_h": by_h})
     return rows
+
+
+def policy_keys(name: str) -> list[str]:
+    """`deadline@16/forecast=persistence` as arguments."""
+    (kind, at, hours), *more = name.split("/")[0].partition("@"), *name.split("/")[1:]
+    return [f"policy.name={kind}", *([f"policy.deadline_h={hours}"] if at else []), *(f"policy.{key}" for key in more)]
 
 
 COMPARED = ("exit", "runtime_h", "emissions_kg", "energy_kwh", "cost", "currency", "train_site_hours", "goodput", "starts", "wasted_starts")
@@ -300,9 +303,11 @@ def main(argv: list[str]) -> int:
         out = Path(rest[rest.index("--out") + 1]) if "--out" in rest[:-1] else None
         keys = argv[:at] + [a for i, a in enumerate(rest) if a != "--out" and (i == 0 or rest[i - 1] != "--out")]
         if not all(names) or not names:
-            raise config.BadInput("--policies needs names, e.g. --policies threshold,forecast_gate,plan@14.6 (a deadline in hours)")
+            raise config.BadInput(
+                "--policies needs names, e.g. --policies threshold/off_delay_s=600,forecast_gate,plan@14.6 (a deadline in hours)"
+            )
         rows = compare(keys, names)
-        cfg = virtual([*keys, f"policy.name={names[0].partition('@')[0]}", "policy.deadline_h=1"])
+        cfg = virtual([*keys, *policy_keys(names[0])])
         import figures  # matplotlib: only here
 
         picture = figures.pareto(rows, floors(cfg, rows), out or config.run_dir(cfg) / "figures")
