@@ -188,7 +188,7 @@ class Signals:
 @dataclass
 class Price:
     trace: str | None = None  # CSV of electricity prices, as carbon.trace; null: no cost anywhere
-    goes_with: str | None = None  # the carbon.trace whose grids these are: beside another there is no cost; null: beside any
+    goes_with: str | None = None  # the carbon.trace whose grids these are: no cost beside another, unless price.trace is given as key=value
     unit: str = "USD/MWh"  # CURRENCY/MWh | CURRENCY/kWh: one three-letter currency for every column; prices may be negative
     tz: str = "UTC"  # these four as in carbon
     stamp: str = "start"
@@ -337,7 +337,8 @@ def load(argv: list[str]) -> Config:
         reason = str(error).strip().splitlines()[0]
         key = getattr(error, "full_key", None)
         raise BadInput(f"{path}: {key + ': ' if key else ''}{reason}; keys and types are listed in config.py") from None
-    if cfg.price.goes_with not in (None, cfg.carbon.trace):
+    mine = any(arg.startswith("price.trace=") for arg in argv[1:])
+    if cfg.price.goes_with and not mine and Path(cfg.price.goes_with).resolve() != Path(cfg.carbon.trace).resolve():
         cfg.price.trace = None
     _check(cfg)
     if cfg.only:

@@ -272,7 +272,7 @@ def test_wandb_sees_cost_beside_emissions_and_price_beside_intensity():
     rows = [Interval("california", "training", 0.0, 3600.0)]
     run = types.SimpleNamespace(committed_tokens=1, mode="local")
     for prices in (carbon.load_prices(cfg, traces), None):
-        report.Panel.log(panel, {"type": "commit", "t_s": 3600.0}, run, traces, prices, rows, [])
+        report.Panel.log(panel, {"type": "commit", "t_s": 3600.0}, run, traces, prices, lambda t: rows, [])
     assert seen[1]["cost/usd"] == pytest.approx(read_prices()[1]["CAISO_NORTH"][0] * 2.024 / 1000)
     assert {k for k in seen[1] if k.startswith("price/")} == {"price/CAISO_NORTH", "price/SPP_TX", "price/NEM_SA"}
     assert seen[1]["price/SPP_TX"] == read_prices()[1]["SPP_TX"][1]
