@@ -90,8 +90,8 @@ class Coordinator:
         self.replay: Replay | None = None  # decisions to repeat before going live (virtual resume)
         (self._genesis if at_start else lambda shape: self._restore())(shape)
         self.run.attempt_s = self.timeouts.attempt_s
-        self.jobs = provision.Provisioner(cfg, self.vault.run_id, self.hub.address)
-        self.run.on_demand = set(self.jobs.jobs)
+        self.jobs = provision.provisioner(cfg, self.vault.run_id, self.hub.address)
+        self.run.on_demand = dict.fromkeys(self.jobs.jobs, False)
         self.panel = report.Panel(cfg, self.vault.run_id, "coordinator")
         self.predicted_end_s = self._predict()
         self.attempt_began = 0.0
@@ -118,7 +118,7 @@ class Coordinator:
             with contextlib.suppress(OSError, BadInput):
                 before = read(self.dir / "journal.jsonl") if provision.on_demand(self.cfg) else []
             if before and before[-1]["type"] != "end":  # killed, and perhaps its jobs run on
-                provision.Provisioner(self.cfg, before[0]["wall"]["run_id"], "").close(0.0)
+                provision.provisioner(self.cfg, before[0]["wall"]["run_id"], "").close(0.0)
             for pattern in RUN_FILES:
                 for file in self.dir.glob(pattern):
                     file.unlink()
@@ -384,6 +384,8 @@ class Coordinator:
                 record["wall"] = {"attempt_s": round(self.timeouts.attempt_s, 3)}
             if record["type"] == "open":
                 record["wall"] = {"incarnations": {s: self.incarnations[s] for s in record["members"]}}
+            if record["type"] == "site" and record["to"] == "on":
+                record["wall"] = {"incarnations": {record["site"]: self.incarnations[record["site"]]}}
         self._record(records)
         self.journal.flush()
         for action in actions:

@@ -1,8 +1,8 @@
 """Machines that exist only while they are needed: a site's job is started when its window opens and stopped when it is released.
 
-    jobs = Provisioner(cfg, run_id, address)            at the coordinator, on the wall clock
-    jobs.follow(t, run, connected)                      once per turn of its loop; never blocks
-    jobs.close()                                        at the run's end: nothing is left running
+    jobs = provisioner(cfg, run_id, address)    at the coordinator, on the wall clock
+    jobs.follow(t, run, connected)              once per turn of its loop; never blocks
+    jobs.close()                                at the run's end: nothing is left running
 
 `provision.mode`, which may differ from site to site (`sites.NAME.provision`):
 
@@ -156,7 +156,7 @@ class Commands:
 
 class Slurm(Commands):
     """One batch job a site. `singleton` has Slurm itself keep a second copy waiting, `no-requeue` leaves restarts to us; SIGTERM
-    comes first and, after the cluster's KillWait (30 s), SIGKILL."""
+    comes first and, after the cluster's KillWait (30 s by default), SIGKILL: there is no harder way."""
 
     def __init__(self, values: dict[str, str], p):
         super().__init__(values, p)
@@ -169,7 +169,6 @@ class Slurm(Commands):
                       *(fill(option, values) for option in p.options), str(self.script)],
             "status": ["squeue", "--noheader", "--format=%i %T", *ours],
             "stop": ["scancel", *ours],
-            "kill": ["scancel", "--signal=KILL", "--full", *ours],
         }  # fmt: skip
 
     def start(self, cancel: threading.Event) -> None:
@@ -219,6 +218,7 @@ class Job:
         self.stopping: float | None = None  # since when it is being stopped; then nothing else until it is gone
         self.submitted = False  # by us, and not seen to be gone since
         self.tries, self.pause_until = 0, -float("inf")  # failures in this window; no start before
+        self.silent_since: float | None = None  # its process has been there, and is not now
         self.wronged = False  # its site is off in the middle of its window, and that is counted
         self.doing, self.answer = "", None  # the call under way; (value, error) once it has come back
         self.hits, self.said, self.cancel = 0, "", threading.Event()
@@ -232,7 +232,7 @@ class Job:
         return self.began is not None and self.tries <= self.p.retries
 
     def step(self, t: float, wanted: bool, here: bool) -> list[str]:
-        """Do what is next. wanted: the site is up; here: its process is connected. Returns what went wrong, for the journal."""
+        """Do what is next. wanted: the site is up; here: its process has said hello. Returns what went wrong, for the journal."""
         wrong: list[str] = []
         if self.doing:
             if self.doing == "start" and not wanted:
@@ -332,43 +332,49 @@ class Job:
 
 
 class Provisioner:
-    def __init__(self, cfg, run_id: str, address: str, defer=in_thread):
-        self.jobs = {name: Job(cluster_of(cfg, name, run_id, address), config.provision_of(cfg, name), defer) for name in on_demand(cfg)}
+    def __init__(self, jobs: dict[str, Job], clock=time.monotonic, sleep=time.sleep):
+        self.jobs, self.clock, self.sleep = jobs, clock, sleep
         self.turn_at = -float("inf")
 
     def follow(self, t: float, run, connected) -> None:
         """Compare what the run wants with what there is. t: run time; connected(site): is its process?"""
-        now = time.monotonic()
+        now = self.clock()
         if now < self.turn_at:
             return
         self.turn_at = now + TURN_S
         for name, job in self.jobs.items():
             site = run.schedule.sites[name]
-            up = site.state != "off" or name in run.leaving
+            up, here = site.state != "off" or name in run.leaving, connected(name)
+            if not up or here or site.state == "provisioning":
+                job.silent_since = None
+            elif job.silent_since is None:
+                job.silent_since = job.look_at = now
+            elif job.alive is False and job.seen_at > job.silent_since:  # the protocol may hope for its return: it is in vain
+                run.lost(t, name, "its job has ended", sure=True)
             if up:
                 job.wronged = False
                 if site.state == "on" and t - site.since_s > QUIET_S:
                     job.tries = 0
-            elif not site.absent:  # its window is over, or not yet open
-                job.tries, job.wronged = 0, False
+            elif not site.absent:  # its window is over, or not yet open; or it was given up, is back, and starts in a moment
+                job.tries, job.wronged = job.tries if here else 0, False
             elif not job.wronged:  # died, preempted, or lost
                 job.wronged = True
                 job.count(now)
                 if job.tries > job.p.retries:
                     run.trouble(t, name, f"left out for the rest of its window: provision.retries={job.p.retries}")
             elif job.gone and job.tries <= job.p.retries and now >= job.pause_until:
-                run.trouble(t, name, f"its window is still open: its job is started again ({job.tries} of {job.p.retries})")
-                run.present(name)
-            for wrong in job.step(now, up, connected(name)):
+                run.again(t, name, f"its window is still open: its job is started again ({job.tries} of {job.p.retries})")
+            for wrong in job.step(now, up, here or site.state != "provisioning"):
                 run.trouble(t, name, wrong)
                 if job.tries > job.p.retries and site.state != "off":
                     job.wronged = True
                     run.absent(t, name, f"not started in {job.tries} tries; the last one: {wrong}"[:200])
+            run.on_demand[name] = job.stopping is not None
 
     def close(self, patience_s: float = OWN_WAY_S) -> list[str]:
-        """Stop every job, and wait until they are gone, bounded by `close_s`. Returns the names of those that would not go."""
-        began, left = time.monotonic(), dict(self.jobs)
-        while left and (now := time.monotonic()) - began < max(bound_s(job.p) for job in left.values()):
+        """Stop every job, and wait until they are gone, at most `bound_s`. Returns the names of those that would not go."""
+        began, left = self.clock(), dict(self.jobs)
+        while left and (now := self.clock()) - began < max(bound_s(job.p) for job in left.values()):
             for name, job in list(left.items()):
                 if now - began < patience_s and job.alive and job.stopping is None:  # it may be about to go by itself
                     job.look_at = min(job.look_at, now + FRESH_S)
@@ -377,8 +383,12 @@ class Provisioner:
                     job.step(now, False, False)
                 if job.gone:
                     del left[name]
-            time.sleep(0.02)
+            self.sleep(0.02)
         return list(left)
+
+
+def provisioner(cfg, run_id: str, address: str) -> Provisioner:
+    return Provisioner({name: Job(cluster_of(cfg, name, run_id, address), config.provision_of(cfg, name)) for name in on_demand(cfg)})
 
 
 def bound_s(p) -> float:

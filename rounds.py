@@ -120,7 +120,7 @@ class Run:
         self.spoilt = ""  # the site whose local round has just arrived damaged
         self.last: dict | None = None  # the last federated commit, for members that missed it
         self.attempted: dict[int, int] = {}  # of the last rounds: the highest number of an attempt
-        self.on_demand: set[str] = set()  # wall: sites whose processes end when they are off
+        self.on_demand: dict[str, bool] = {}  # wall: sites whose processes end when they are off -> is it being stopped?
         self.blown = 0  # rounds running in which nobody had finite numbers
         self.attempt_s = facts.attempt_s  # wall: follows the measured rate
         self.wire = facts.wire  # of the next attempt
@@ -834,6 +834,13 @@ class Run:
         return member or site in self.holds or any(p["site"] == site for p in self.pending)
 
     def present(self, site: str) -> None:
+        """A process answers for a site; it may be started, unless that process is about to be stopped."""
+        if not self.on_demand.get(site):
+            self.schedule.set_absent(site, "")
+
+    def again(self, t: float, site: str, action: str) -> None:
+        """Wall: a site that died in its window may be started again."""
+        self.trouble(t, site, action)
         self.schedule.set_absent(site, "")
 
     def lost(self, t: float, site: str, why: str, sure: bool = True) -> None:
