@@ -216,11 +216,26 @@ class Site:
     threads_local: int = 2
     threads_federated: int = 1
     keep_disk: bool = False
+    provision: dict[str, Any] = field(default_factory=dict)  # keys of `provision:` that differ at this site
 
 
 @dataclass
 class Provision:
-    mode: str = "resident"  # site processes stay alive and wait
+    mode: str = "resident"  # resident: processes stay alive and wait | local | slurm | command (provision.py); wall clock only
+    start_timeout_s: float = 900.0  # from the start of a site's job to its hello; a queue's waiting time counts
+    retries: int = 3  # how often in one window a start that failed, or a job that died, is tried again
+    backoff_s: float = 5.0  # before the first of these; twice as long before each further one
+    poll_s: float = 10.0  # between two looks at a job that should say hello, or should be gone
+    command_s: float = 60.0  # time-out of one command that stops a job or asks for it
+    stop_s: float = 40.0  # between asking a job to go and killing it; a site takes 20 s at most to leave a round cleanly
+    partition: str | None = None  # slurm: null: the cluster's default, and
+    account: str | None = None  # likewise
+    options: list[str] = field(default_factory=list)  # slurm: further options of sbatch, e.g. --gres=gpu:8
+    script: str | None = None  # slurm: file of the job's script, with {placeholders}; null: provision.SCRIPT
+    start: str | None = None  # command: one program and its arguments, with {placeholders}; starts the job and returns
+    stop: str | None = None  # command: asks the job to end; none running is no error
+    status: str | None = None  # command: prints anything if the job waits or runs, nothing if not; fails if it cannot know
+    kill: str | None = None  # command: ends it by force; null: as `stop`
 
 
 @dataclass
@@ -287,7 +302,7 @@ CHOICES = {
     "carbon.interpolation": ("hold", "linear"),
     "price.stamp": ("start", "end"),
     "price.interpolation": ("hold", "linear"),
-    "provision.mode": ("resident",),
+    "provision.mode": ("resident", "local", "slurm", "command"),
     "wandb.mode": ("offline", "online", "disabled"),
 }
 POSITIVE = (
@@ -406,6 +421,7 @@ def _check(cfg: Config) -> None:
             raise BadInput(f"only={name}: unknown site; sites: {', '.join(cfg.sites)}")
     if cfg.site is not None and cfg.site not in (cfg.only or cfg.sites):
         raise BadInput(f"site={cfg.site}: unknown site; sites: {', '.join(cfg.only or cfg.sites)}")
+    _check_provision(cfg.provision, "provision")
     for name, site in cfg.sites.items():
         if not name.replace("_", "").isalnum():
             raise BadInput(f"site name {name!r} must be letters, digits and underscores")
@@ -423,6 +439,8 @@ def _check(cfg: Config) -> None:
         if per_step / site.tokens_per_s > cfg.rounds.train_s and len(cfg.only or cfg.sites) > 1:
             raise BadInput(f"rounds.train_s={cfg.rounds.train_s:g} must be >= a step of site {name}, {per_step / site.tokens_per_s:g} s "
                            f"at tokens_per_s={site.tokens_per_s:g}; lower data.tokens_per_step, or make rounds longer")  # fmt: skip
+        if site.provision:
+            _check_provision(provision_of(cfg, name), f"sites.{name}.provision")
         if (per_step // seq_len) % site.ranks:
             raise BadInput(f"sites.{name}.ranks={site.ranks} must divide the {per_step // seq_len} rows of a step")
     if cfg.sync.wire == "auto" and cfg.clock.mode == "virtual" and cfg.sync.link_gbit is None:
@@ -510,6 +528,28 @@ def begun(cfg: Config, start: str) -> Config:
     return cfg
 
 
+def provision_of(cfg: Config, site: str) -> Provision:
+    """How the jobs of one site are started: `provision`, and over it `sites.SITE.provision`. Raises BadInput."""
+    if not (own := cfg.sites[site].provision):
+        return cfg.provision
+    try:
+        return OmegaConf.merge(OmegaConf.structured(Provision), cfg.provision, own)
+    except OmegaConfBaseException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"sites.{site}.provision: {reason}; its keys are those of `provision`, listed in config.py") from None
+
+
+def _check_provision(p: Provision, where: str) -> None:
+    if p.mode not in CHOICES["provision.mode"]:
+        raise BadInput(f"{where}.mode={p.mode} is not one of {', '.join(CHOICES['provision.mode'])}")
+    for key in ("start_timeout_s", "poll_s", "command_s", "stop_s"):
+        if p[key] <= 0:
+            raise BadInput(f"{where}.{key}={p[key]} must be > 0")
+    for key in ("retries", "backoff_s"):
+        if p[key] < 0:
+            raise BadInput(f"{where}.{key}={p[key]} must be >= 0")
+
+
 def _numbers(value: Any, key: str = ""):
     """(dotted key, number) of everything numeric in a plain config."""
     if isinstance(value, dict):
@@ -586,7 +626,7 @@ def schedule_digest(cfg: Config) -> str:
     c = plain(cfg)
     paid = by_price(cfg)
     machine = ("signal_url", *(() if paid else ("price_region",)), "device", "device_batch", "ranks", "parallel", "checkpointing",
-               "energy", "peak_tflops", "threads_local", "threads_federated")  # fmt: skip
+               "energy", "peak_tflops", "threads_local", "threads_federated", "provision")  # fmt: skip
     sites = {n: {k: v for k, v in s.items() if k not in machine} for n, s in c["sites"].items()}
     clock = dict(c["clock"])
     if clock["mode"] == "wall":  # a run that ended at its limit may go on under a later one

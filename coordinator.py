@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 
 import carbon
 import config
+import provision
 import report
 import signals
 import simulate
@@ -62,6 +63,7 @@ class Interrupted(KeyboardInterrupt):
 class Coordinator:
     def __init__(self, cfg):
         self.cfg, self.dir = cfg, config.run_dir(cfg)
+        provision.check(cfg)
         self.virtual = cfg.clock.mode == "virtual"
         self.names, self.digest = list(cfg.sites), config.train_digest(cfg)
         self.trace, sources = (None, signals.sources(cfg)) if config.is_live(cfg) else (carbon.load_traces(cfg), None)
@@ -96,6 +98,8 @@ class Coordinator:
         self.replay: Replay | None = None  # decisions to repeat before going live (virtual resume)
         (self._genesis if at_start else lambda shape: self._restore())(shape)
         self.run.attempt_s = self.timeouts.attempt_s
+        self.jobs = provision.provisioner(cfg, self.vault.run_id, self.hub.address)
+        self.run.on_demand = dict.fromkeys(self.jobs.jobs, False)
         self.panel = report.Panel(cfg, self.vault.run_id, "coordinator")
         self.predicted_end_s = self._predict()
         self.attempt_began = 0.0
@@ -119,6 +123,11 @@ class Coordinator:
     def _open_folder(self) -> bool:
         """True if this run starts at its beginning; raises BadInput if what is there cannot be resumed."""
         if self.cfg.fresh:
+            before = []
+            with contextlib.suppress(OSError, BadInput):
+                before = read(self.dir / "journal.jsonl") if provision.on_demand(self.cfg) else []
+            if before and before[-1]["type"] != "end":  # killed, and perhaps its jobs run on
+                provision.provisioner(self.cfg, before[0]["wall"]["run_id"], "").close(0.0)
             for pattern in RUN_FILES:
                 for file in self.dir.glob(pattern):
                     file.unlink()
@@ -217,7 +226,8 @@ class Coordinator:
             for site, mci, ahead in self.samples.due(t):
                 run.observe(t, site, mci, ahead)
         run.schedule.resume()
-        self.unheard = {name for name, site in run.schedule.sites.items() if site.state != "off"}
+        waiting = ("off", "provisioning") if provision.on_demand(self.cfg) else ("off",)  # a job may still be in its queue
+        self.unheard = {name for name, site in run.schedule.sites.items() if site.state not in waiting}
 
     def _predict(self) -> float | None:
         """When the schedule should end by configured rates, for the ETA; where the trace ends if that takes too long to work out. With live
@@ -392,6 +402,7 @@ class Coordinator:
             for name, site in run.schedule.sites.items():
                 if site.state == "provisioning" and self.hub.connected(name):
                     run.provisioned(self.t, name)
+            self.jobs.follow(self.t, run, self.hub.connected)
             run.advance(self.t)
             self._carry_out()
             due = min(run.next_time(), self.samples.next_time()) - self.t
@@ -417,6 +428,8 @@ class Coordinator:
                 record["wall"] = {"attempt_s": round(self.timeouts.attempt_s, 3)}
             if record["type"] == "open":
                 record["wall"] = {"incarnations": {s: self.incarnations[s] for s in record["members"]}}
+            if record["type"] == "site" and record["to"] == "on":
+                record["wall"] = {"incarnations": {record["site"]: self.incarnations[record["site"]]}}
         self._record(records)
         self.journal.flush()
         for action in actions:
@@ -766,6 +779,9 @@ class Coordinator:
         self.journal.flush()
         if not self.replay:
             carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.journal.records[-1]["t_s"]))
+        for site in self.jobs.close():
+            job = provision.job_name(self.vault.run_id, site)
+            print(f"coordinator: the job of {site}, {job}, could not be stopped; see to it by hand", file=sys.stderr, flush=True)
         self.hub.close()
         self.vault.close()
         self.journal.close()
@@ -799,8 +815,10 @@ def run_command(argv: list[str]) -> int:
         (c.run_virtual if c.virtual else c.run_wall)()
         code = c.close()
     except Interrupted:
-        c.interrupt()
-        code = c.close()
+        try:
+            c.interrupt()
+        finally:  # jobs are stopped even if nobody reads what we say any more
+            code = c.close()
     except (Unwritable, OSError) as error:
         c.give_up()
         if isinstance(error, OSError) and error.errno not in NO_SPACE:

@@ -20,6 +20,7 @@ from collections import deque
 from pathlib import Path
 
 import config
+import provision
 
 GRACE_S = 10.0
 MAX_RESTARTS, QUIET_S = 4, 60.0  # in a row; after so long without one the count begins anew
@@ -39,12 +40,6 @@ def die_with_parent() -> None:
 def start(command: list[str], env: dict, **options) -> subprocess.Popen:
     """A child in a process group of its own, so that it and its children can be stopped together."""
     return subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=die_with_parent, **options)
-
-
-def site_command(argv: list[str], name: str, ranks: int) -> list[str]:
-    """What a person would type for one site: torchrun --nproc_per_node=N train.py CONFIG site=NAME."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-            str(HERE / "train.py"), *argv, f"site={name}"]  # fmt: skip
 
 
 def stop(children: dict[str, subprocess.Popen], number: int) -> None:
@@ -137,6 +132,8 @@ def main(argv: list[str]) -> int:
     logs = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    on_demand = provision.on_demand(cfg)  # the coordinator starts and stops these
+    head_s = max([GRACE_S, *(provision.bound_s(config.provision_of(cfg, name)) for name in on_demand)])
     screen, again = None, [a for a in argv if not a.startswith("fresh=")]
     if len(cfg.sites) > 1:  # a meter of this machine counts whole devices, whoever uses them
         again += [f"sites.{name}.energy=model" for name in cfg.sites]
@@ -144,7 +141,7 @@ def main(argv: list[str]) -> int:
     def start_site(name: str) -> None:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         logs[name] = open(run_dir / "logs" / f"{name}.log", "a")
-        children[name] = start(site_command(again, name, cfg.sites[name].ranks), env, stdout=logs[name], stderr=logs[name])
+        children[name] = start(provision.site_command(again, name, cfg.sites[name].ranks), env, stdout=logs[name], stderr=logs[name])
 
     try:
         code, restarts, coordinator = None, Restarts(), [sys.executable, str(HERE / "coordinator.py")]
@@ -156,7 +153,7 @@ def main(argv: list[str]) -> int:
             first = head.stdout.readline()  # the coordinator has taken the folder and cleared it, or has refused
             if first:
                 for name in cfg.sites:
-                    if name not in children:
+                    if name not in children and name not in on_demand:
                         start_site(name)
                 screen = screen or Screen(cfg)
                 _follow(head, children, start_site, restarts, screen, first)
@@ -169,6 +166,7 @@ def main(argv: list[str]) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         stop({k: c for k, c in children.items() if k == "coordinator"}, signal.SIGTERM)  # it tells the sites how it ends
         code = 130
+        wait_all({k: c for k, c in children.items() if k == "coordinator"}, head_s)
         wait_all(children, GRACE_S)
     finally:
         if not wait_all(children, 0.1):

@@ -120,6 +120,7 @@ class Run:
         self.spoilt = ""  # the site whose local round has just arrived damaged
         self.last: dict | None = None  # the last federated commit, for members that missed it
         self.attempted: dict[int, int] = {}  # of the last rounds: the highest number of an attempt
+        self.on_demand: dict[str, bool] = {}  # wall: sites whose processes end when they are off -> is it being stopped?
         self.blown = 0  # rounds running in which nobody had finite numbers
         self.attempt_s = facts.attempt_s  # wall: follows the measured rate
         self.wire = facts.wire  # of the next attempt
@@ -826,12 +827,23 @@ class Run:
         self._moves(t, self.schedule.stop(t, site, why))
         self._set_power(t)
 
+    def trouble(self, t: float, site: str, action: str) -> None:
+        """Wall: what went wrong with a site's job, and what is done about it (provision.py)."""
+        self._fault(t, site, "provision", action)
+
     def counts_on(self, site: str) -> bool:
         """A site holds the state, or has a part in a round."""
         member = self.now is not None and site in self.now.members and site not in self.now.gone
         return member or site in self.holds or any(p["site"] == site for p in self.pending)
 
     def present(self, site: str) -> None:
+        """A process answers for a site; it may be started, unless that process is about to be stopped."""
+        if not self.on_demand.get(site):
+            self.schedule.set_absent(site, "")
+
+    def again(self, t: float, site: str, action: str) -> None:
+        """Wall: a site that died in its window may be started again."""
+        self.trouble(t, site, action)
         self.schedule.set_absent(site, "")
 
     def lost(self, t: float, site: str, why: str, sure: bool = True) -> None:
@@ -842,7 +854,8 @@ class Run:
         now, busy = self.now, any(p["site"] == site for p in self.pending)
         member = now is not None and site in now.members and site not in now.gone
         if self.schedule.sites[site].state == "off" and site not in self.leaving and not member and not busy:
-            if not self.facts.timed and not self.schedule.sites[site].absent:  # virtual: missed when its next window comes
+            resident = not self.facts.timed and site not in self.on_demand  # virtual: missed when its next window comes
+            if resident and not self.schedule.sites[site].absent:
                 self.absent(t, site, why)
             return
         if (
