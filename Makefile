@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-policies bench-deadline bench-sync bench-links bench-flower bench-train day-gpu storm bench-recovery ablation referee clean
+.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-clients bench-policies bench-deadline bench-sync bench-links bench-flower bench-train day-gpu storm bench-recovery ablation referee clean
 
 FULL := ours paper paper_two_site paper_centralized
 MINI := mini_ours mini_paper mini_two_site mini_centralized
@@ -18,7 +18,10 @@ demo: $(READY)  ## one paper day, three sites, real training: about 3 minutes on
 	$(BIN)/python launch.py configs/demo.yaml fresh=true
 
 test: $(READY)  ## laws and smoke, at most 5 minutes
-	$(BIN)/python -m pytest -m "not slow"
+	@# the 10,000 schedules are one core's work and know no clock: beside the others, on another core
+	$(BIN)/python -m pytest tests/test_rounds.py > $(VENV)/rounds.log 2>&1 & rounds=$$!; \
+	$(BIN)/python -m pytest -m "not slow" --ignore=tests/test_rounds.py; code=$$?; \
+	wait $$rounds || code=1; cat $(VENV)/rounds.log; exit $$code
 
 test-all: test  ## adds everything with many processes and other environments, at most 30 minutes
 	$(BIN)/python -m pytest -m slow
@@ -36,7 +39,7 @@ lint: $(READY)
 bench-demo: $(READY)  ## the demo's numbers: time, memory, loss, emissions, stall, twice the same
 	$(BIN)/python bench/demo.py
 
-bench-simulate: $(READY)  ## seconds and memory of the simulator: a day, a year, a year of 300 sites
+bench-simulate: $(READY)  ## seconds and memory of the simulator: a day; a year of 3 and 300 sites; a month of 100 and 1,000
 	$(BIN)/python bench/simulate.py
 
 bench-policies: $(READY)  ## who starts and stops best on real months, $$REFERENCE_DATA: about a minute
@@ -44,6 +47,9 @@ bench-policies: $(READY)  ## who starts and stops best on real months, $$REFEREN
 
 bench-deadline: $(READY)  ## 1,000 random deadlines on real months, $$REFERENCE_DATA: about 8 minutes on 2 cores
 	$(BIN)/python bench/deadline.py --draws 1000
+
+bench-clients: $(READY)  ## a thousand sites at one coordinator: processor, memory, heartbeats, joins, a restart; about 40 minutes
+	$(BIN)/python bench/clients.py
 
 bench-sync: $(READY)  ## what a sync costs on loopback, its parts and its memory; about 10 minutes, 20 GiB for the last
 	for n in 124e6 280e6; do for k in 2 3; do $(BIN)/python bench/sync.py --params $$n --sites $$k || exit 1; done; done

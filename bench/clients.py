@@ -1,6 +1,6 @@
 """One real coordinator, a thousand sites: its processor time, its memory, how fast it answers heartbeats.
 
-    python bench/clients.py [--clients 1000] [--seconds 60] [--repeat 3] [--loads idle,grid,all] [--json] [--keep DIR]
+    python bench/clients.py [--clients 1000] [--seconds 60] [--repeat 3] [--loads idle,grid] [--json] [--keep DIR]
 
 The coordinator is `coordinator.py` as it is: wall clock, keys, CURVE, journal, durable state, star averages. The sites speak the
 real control protocol with `channel.Link`, keys and two connections each, but live `CROWDS` to a process, without a thread each,
@@ -9,7 +9,7 @@ and do not train: a step takes its time, and their pseudo-gradient is zero, so t
 
     idle    no site's window ever opens: heartbeats only
     grid    as the grids have it: about one in seven trains, in rounds of TRAIN_S; windows open and close
-    all     policy.name=always: every site is a member of every round
+    all     policy.name=always: every site is a member of every round (not by default: no sensible use of a thousand sites)
 
 Each load: all sites join at once; after SETTLE_S, `--seconds` are measured; then the coordinator is killed (SIGKILL) and started
 again, and all come back. Printed for each: medians over the repetitions and the range. A heartbeat's time is from `Link` sending it
@@ -284,7 +284,7 @@ class Crowd:
         self.seconds: list[float] = []  # of each heartbeat that was answered
         self.laps: list[float] = []  # seconds a round of the loop took: what it adds to them
         self.ended, self.made, self.zeros = 0, 0, {}
-        self.questions = open(0, "rb", buffering=0)  # buffered, it would take in more than polling then tells of
+        self.began_lap = time.monotonic()
 
     def fail(self, why: str) -> None:
         raise SystemExit(why)
@@ -307,36 +307,35 @@ class Crowd:
         same = {"type": "hello", "config digest": config.train_digest(cfg), "corpus digest": corpus.digest,
                 "tokenizer digest": corpus.tokenizer_digest, "versions": config.versions(), "device": "cpu", "ranks": 1}  # fmt: skip
         say(ready=len(self.names))
-        self.questions.readline()
+        os.read(0, 100)  # until we are told to go
         self.began = time.monotonic()
         self.sites = [FakeSite(self, address, keys, n, same | {"site": n, "incarnation": uuid.uuid4().hex[:12]}) for n in self.names]
         return self.sites
 
     def run(self) -> None:
         """Until the run ends; answers the bench's questions from stdin."""
-        self.epoll.register(0, select.EPOLLIN)
-        last = time.monotonic()
+        questions = open(0, "rb", buffering=0)  # buffered, it would take in more than polling then tells of
+        self.epoll.register(questions, select.EPOLLIN)
         while self.ended < len(self.sites):
-            now = time.monotonic()
-            wait_s = min(0.01, self.timers[0][0] - now) if self.timers else 0.01
-            hot = {self.of.get(file) for file, _ in self.epoll.poll(0 if self.woken else max(0.0, wait_s))}
-            began = time.monotonic()
-            if None in hot and not self.answer(self.questions.readline().decode()):
+            if self.lap() and not self.answer(questions.readline().decode()):
                 return
-            share = min(int(len(self.order) * (began - last) / EVERY_S) + 1, len(self.order))
-            last = began
-            idle = [self.order[i] for i in range(share)]
-            self.order.rotate(-share)
-            for member in (hot - {None}) | set(idle) | self.taken():
-                member.have_turn()
-                member.act(began)
-            while self.timers and self.timers[0][0] <= began:
-                heapq.heappop(self.timers)[2]()
-            self.laps.append(time.monotonic() - began)
 
-    def taken(self) -> set:
+    def lap(self) -> bool:
+        """Everyone with something to hear, to say or to do has a turn, and in turns those without. True if we are asked something."""
+        wait_s = min(0.01, self.timers[0][0] - time.monotonic()) if self.timers else 0.01
+        hot = {self.of.get(file) for file, _ in self.epoll.poll(0 if self.woken else max(0.0, wait_s))}
+        now = time.monotonic()
+        share = min(int(len(self.order) * (now - self.began_lap) / EVERY_S) + 1, len(self.order))
+        idle, self.began_lap = {self.order[i] for i in range(share)}, now
+        self.order.rotate(-share)
         woken, self.woken = self.woken, set()
-        return woken
+        for member in (hot - {None}) | idle | woken:
+            member.have_turn()
+            member.act(now)
+        while self.timers and self.timers[0][0] <= now:
+            heapq.heappop(self.timers)[2]()
+        self.laps.append(time.monotonic() - now)
+        return None in hot
 
     def answer(self, question: str) -> bool:
         if question == "begin\n":
@@ -381,7 +380,7 @@ def write(folder: Path, num: int, load: str) -> Path:
         "model": {"depth": 1, "width": 16, "heads": 2, "kv_heads": 1, "seq_len": 32},
         "data": {"source": str(folder / "text"), "dir": str(folder / "data"), "tokens_per_step": TOKENS, "val_tokens": 256},
         "rounds": {"train_s": TRAIN_S, "commit_every_s": TRAIN_S, "sync_s": 5, "grace_s": 10}, "sync": {"topology": "star"},
-        "policy": {"off_delay_s": 60}, "carbon": {"trace": str(folder / "trace.csv"), "baseline_regions": []},
+        "policy": {"name": "threshold", "off_delay_s": 60}, "carbon": {"trace": str(folder / "trace.csv"), "baseline_regions": []},
         "eval": {"every_rounds": 0}, "wandb": {"mode": "disabled"}, "sites": {n: site | {"region": n} for n in names},
     }, LOADS[load])  # fmt: skip
     config.OmegaConf.save(raw, folder / "config.yaml")
@@ -506,7 +505,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--loads", default=",".join(LOADS))
+    parser.add_argument("--loads", default="idle,grid")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", type=Path, help="leave the run here")
     args = parser.parse_args(argv)

@@ -2,6 +2,7 @@
 
     python bench/environments.py                  what can be made
     python bench/environments.py transformers     make .venv-transformers; prints its bin folder
+    python bench/environments.py all              make all of them
 
 Each holds one pinned package and, with our own pins, what that needs to run our files beside it.
 """
@@ -40,8 +41,9 @@ def make(name: str) -> Path:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] and sys.argv[1] in PACKAGES:
-        print(make(sys.argv[1]))
+    if sys.argv[1:] == ["all"] or (sys.argv[1:] and sys.argv[1] in PACKAGES):
+        for name in PACKAGES if sys.argv[1] == "all" else sys.argv[1:2]:
+            print(make(name), flush=True)
     else:
-        print(f"say one of: {', '.join(PACKAGES)}", file=sys.stderr)
+        print(f"say one of: all, {', '.join(PACKAGES)}", file=sys.stderr)
         sys.exit(2)

@@ -42,7 +42,7 @@ def regions(num: int, days: int, start_unix: int, seed: int = 1) -> Iterator[tup
     t = start_unix + STEP_S * np.arange(days * 24 * HOUR)
     hours = np.arange(len(t)) / HOUR
     for i, kind in enumerate(kinds):
-        own = np.random.Generator(np.random.PCG64((seed, i)))  # so that a region does not change with those after it
+        own = np.random.Generator(np.random.PCG64((seed, i)))
         sun = _sun(t, longitude[i], latitude[i])
         weather = np.interp(hours, np.arange(24 * days + 1), hourly[i])
         local_day = np.cos(2 * np.pi * (t / 86400 + longitude[i] / 2 / np.pi - 0.58))  # 1 in the early afternoon, -1 by night
