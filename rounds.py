@@ -964,7 +964,7 @@ class Run:
             if status["round"] >= 0:
                 self._actions.append(Action("cancel", None, {"round": status["round"], "members": [site], "reason": "void"}))
             self.current(t, site, held)
-        elif held >= 0:
+        elif held >= 0 and not any(p["site"] == site for p in self.pending):  # one that is off may still owe its local round
             self.holds.pop(site, None)
             self._actions.append(Action("cancel", None, {"round": status["round"], "members": [site], "reason": "the run has moved on"}))
         if self.unstored and self.holds.get(site) == self.round and self.sender in (None, site):
