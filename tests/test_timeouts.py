@@ -4,7 +4,7 @@ from dataclasses import astuple
 from types import SimpleNamespace
 
 import pytest
-from conftest import CLEAN
+from conftest import CLEAN, DIRTY
 from hypothesis import given
 from hypothesis import strategies as st
 from test_schedule import make_run
@@ -169,6 +169,26 @@ def test_a_local_round_that_is_being_written_outlives_its_site():
     run.store_done(61.0, 1, "theta", "m")
     kinds = [r["type"] for r in run.take()[0]]
     assert run.stored == run.round == 1 and "commit" in kinds and run.ledger.num_committed == 6
+
+
+def test_a_site_that_went_off_while_the_coordinator_was_away_still_sends_the_local_round_it_froze_alone():
+    run, samples = make_run({"a": [CLEAN] * 2 + [DIRTY] * 8}, rates={"a": 1.0}, timed=False, budget=100, commit_every_s=60.0)
+    for site, mci, ahead in samples.due(0.0):
+        run.observe(0.0, site, mci, ahead)
+    run.advance(0.0)
+    run.provisioned(0.0, "a")
+    run.current(0.0, "a", 0)
+    run.lost(70.0, "a", "not heard", sure=False)
+    run.observe(120.0, "a", DIRTY)
+    run.advance(240.0)
+    assert run.schedule.sites["a"].state == "off" and run.leaving == {"a"}
+    run.take()
+    run.back(241.0, "a", {"held": 1, "round": -1, "open_s": 0.0, "phase": "idle", "steps": 6, "finite": True, "attempt": 0, "vote": "",
+                          "unstored": {"0": 6}})  # fmt: skip
+    told = [(a.kind, a.data["round"]) for a in run.take()[1]]
+    assert ("resend", 1) in told and "cancel" not in [kind for kind, _ in told] and run.holds == {"a": 1}
+    run.store_done(242.0, 1, "theta", "m")
+    assert run.ledger.num_committed == 6 and run.phase == "idle" and not run.leaving
 
 
 def test_tokens_that_were_trained_in_vain_are_in_the_record():
