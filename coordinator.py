@@ -17,7 +17,6 @@ Only the control channel listens, at sync.host:sync.port, for holders of a key (
 import contextlib
 import errno
 import fcntl
-import queue
 import resource
 import shutil
 import signal
@@ -537,9 +536,7 @@ class Coordinator:
         """Handle one message, if one comes in time."""
         if not self.hub.is_alive():
             raise RuntimeError("the control channel's thread died")
-        message = None
-        with contextlib.suppress(queue.Empty):
-            message = self.hub.inbox.get(timeout=timeout_s)
+        message = self.hub.hear(timeout_s)
         self.t = self.t if self.virtual else self.now()
         if message is None:
             return
