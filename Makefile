@@ -48,7 +48,7 @@ bench-policies: $(READY)  ## who starts and stops best on real months, $$REFEREN
 bench-deadline: $(READY)  ## 1,000 random deadlines on real months, $$REFERENCE_DATA: about 8 minutes on 2 cores
 	$(BIN)/python bench/deadline.py --draws 1000
 
-bench-clients: $(READY)  ## a thousand sites at one coordinator: processor, memory, heartbeats, joins, a restart; about 40 minutes
+bench-clients: $(READY)  ## a thousand sites at one coordinator: processor, memory, heartbeats, joins, a restart; about 20 minutes
 	$(BIN)/python bench/clients.py
 
 bench-sync: $(READY)  ## what a sync costs on loopback, its parts and its memory; about 10 minutes, 20 GiB for the last

@@ -172,7 +172,8 @@ def read_table(path: str) -> tuple[list[str], list[list[str]]]:
     raw = file.read_bytes()
     try:
         text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8-sig")
-        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+        same: dict[str, str] = {}  # cells repeat: a month of a thousand grids is millions of them, but few thousand values
+        rows = [[same.setdefault(cell, cell) for cell in row] for row in csv.reader(io.StringIO(text, newline="")) if row]
     except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not a UTF-8 CSV file ({error}); convert it first") from None
     if not rows:

@@ -200,6 +200,8 @@ class Hub(Pump):
         self._incarnation: dict[str, str] = {}  # of the process behind it: says which lane is its own
         self._connection: dict[int, bytes] = {}  # file descriptor -> identity of the process behind it
         self._closed: dict[str, float] = {}  # site whose connection closed -> when
+        self._hellos: dict[bytes, tuple] = {}  # by identity: the last of those said since one of them went to `inbox`
+        self._saying = threading.Lock()
         self._values: dict[str, bytes] = {}
         self._waiting: list[tuple[bytes, dict, float]] = []
         self._averages: dict[tuple, dict] = {}
@@ -230,6 +232,15 @@ class Hub(Pump):
                            "sync.port=0") from None  # fmt: skip
         self.address = f"{host}:{self.port}"
         self.start()
+
+    def hear(self, timeout_s: float) -> tuple[str, bytes, dict, memoryview] | None:
+        """The next of `inbox`, or None. Of the hellos that a process has said by now only the last counts: while the main thread is
+        busy, as at its start, a thousand sites say many."""
+        with contextlib.suppress(queue.Empty):
+            message = self.inbox.get(timeout=timeout_s)
+            with self._saying:
+                return self._hellos.pop(message[1], message) if message[2]["type"] == "hello" else message
+        return None
 
     def admit(self, site: str, identity: bytes, incarnation: str) -> None:
         """From now on this process speaks for the site; an older one of the same name is ignored."""
@@ -312,7 +323,10 @@ class Hub(Pump):
         identity, (header, payload) = frames[0].bytes, message
         if header["type"] == "hello":
             self._connection[frames[0].get(zmq.SRCFD)] = identity
-            self.inbox.put((site, identity, header, payload))
+            with self._saying:
+                if identity not in self._hellos:
+                    self.inbox.put((site, identity, header, payload))
+                self._hellos[identity] = site, identity, header, payload
             return
         of = header.get("lane_of")  # what comes by a process's lane counts as its own
         if self._identity.get(site) != identity if of is None else self._incarnation.get(site) != of:

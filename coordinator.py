@@ -17,7 +17,6 @@ Only the control channel listens, at sync.host:sync.port, for holders of a key (
 import contextlib
 import errno
 import fcntl
-import queue
 import resource
 import shutil
 import signal
@@ -89,7 +88,8 @@ class Coordinator:
         self.last_readings = {r.site: r for r in self.readings}
         self.unheard: set[str] = set()  # after a restart: sites that should say hello
         self.result: dict[str, torch.Tensor] = {}  # a round's result that a holder sent up, by its digest
-        self.hub = self._listen()
+        self.predicted_end_s = self._predict()
+        self.hub = self._listen()  # as late as can be: a thousand sites may be waiting for it
         self.t = 0.0  # run time of what is being handled
         self.holds: dict[str, int] = {}  # site -> round it last reported to hold
         self.owed_stores: dict[int, float] = {}  # round -> run time of the commit that made it
@@ -101,7 +101,6 @@ class Coordinator:
         self.jobs = provision.provisioner(cfg, self.vault.run_id, self.hub.address)
         self.run.on_demand = dict.fromkeys(self.jobs.jobs, False)
         self.panel = report.Panel(cfg, self.vault.run_id, "coordinator")
-        self.predicted_end_s = self._predict()
         self.attempt_began = 0.0
         self.wire_rates: dict[str, float] = {}  # site -> payload bytes/s of its last average
         self.took_s: dict[str, dict[str, float]] = {}  # wire format -> site -> seconds of its last average in it
@@ -537,9 +536,7 @@ class Coordinator:
         """Handle one message, if one comes in time."""
         if not self.hub.is_alive():
             raise RuntimeError("the control channel's thread died")
-        message = None
-        with contextlib.suppress(queue.Empty):
-            message = self.hub.inbox.get(timeout=timeout_s)
+        message = self.hub.hear(timeout_s)
         self.t = self.t if self.virtual else self.now()
         if message is None:
             return

@@ -285,6 +285,7 @@ class Crowd:
         self.laps: list[float] = []  # seconds a round of the loop took: what it adds to them
         self.ended, self.made, self.zeros = 0, 0, {}
         self.began_lap = time.monotonic()
+        self.questions = open(0, "rb", buffering=0, closefd=False)  # buffered, it would take in more than polling then tells of
 
     def fail(self, why: str) -> None:
         raise SystemExit(why)
@@ -307,17 +308,16 @@ class Crowd:
         same = {"type": "hello", "config digest": config.train_digest(cfg), "corpus digest": corpus.digest,
                 "tokenizer digest": corpus.tokenizer_digest, "versions": config.versions(), "device": "cpu", "ranks": 1}  # fmt: skip
         say(ready=len(self.names))
-        os.read(0, 100)  # until we are told to go
+        self.questions.readline()
         self.began = time.monotonic()
         self.sites = [FakeSite(self, address, keys, n, same | {"site": n, "incarnation": uuid.uuid4().hex[:12]}) for n in self.names]
         return self.sites
 
     def run(self) -> None:
         """Until the run ends; answers the bench's questions from stdin."""
-        questions = open(0, "rb", buffering=0)  # buffered, it would take in more than polling then tells of
-        self.epoll.register(questions, select.EPOLLIN)
+        self.epoll.register(self.questions, select.EPOLLIN)
         while self.ended < len(self.sites):
-            if self.lap() and not self.answer(questions.readline().decode()):
+            if self.lap() and not self.answer(self.questions.readline().decode()):
                 return
 
     def lap(self) -> bool:
