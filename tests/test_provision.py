@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -318,14 +319,24 @@ QUICK = {"poll_s": 1, "backoff_s": 0.5, "start_timeout_s": 60}
 FAST = {"tokens_per_s": 2000.0}
 
 
+@pytest.fixture
+def runner(runner):
+    """As everywhere, but jobs outlive what has started them; not the test, whatever way it ends."""
+    yield runner
+    runner.stop()
+    for process in psutil.process_iter(["cwd"]):
+        if process.info["cwd"] == str(runner.folder):
+            process.kill()
+
+
 def workers(runner, site: str) -> set[int]:
-    """Processes of ours (not torchrun's) that are a site of this run."""
-    found = set()
-    for process in psutil.process_iter(["cmdline", "cwd"]):
+    """Processes of ours (not torchrun's, nor what they fork for a moment) that are a site of this run."""
+    found = {}
+    for process in psutil.process_iter(["cmdline", "cwd", "ppid"]):
         words = process.info["cmdline"] or []
         if process.info["cwd"] == str(runner.folder) and f"site={site}" in words and "torch.distributed.run" not in words:
-            found.add(process.pid)
-    return found
+            found[process.pid] = process.info["ppid"]
+    return {pid for pid, parent in found.items() if parent not in found}
 
 
 def states(runner, site: str) -> list[str]:
@@ -340,38 +351,9 @@ def faults_of(runner, site: str) -> list[str]:
     return [r["action"] for r in runner.journal() if r["type"] == "fault" and r["site"] == site and r["kind"] in ("provision", "absent")]
 
 
-@pytest.mark.slow
-def test_local_jobs_come_and_go_are_restarted_and_adopted_and_none_is_left(runner):
-    """a trains all the time, b comes later; a's process is killed, then the coordinator, while b's window closes."""
-    argv = runner.write({"a": FAST, "b": FAST}, {"a": [CLEAN], "b": [DIRTY, *[CLEAN] * 5, DIRTY]}, step_s=6, **WALL,
-                        provision={"mode": "local", **QUICK})  # fmt: skip
-    head = runner.start("coordinator.py", *argv, log="coordinator")
-    until(lambda: committed_by(runner, "a"))
-    assert not workers(runner, "b") or "provisioning" in states(runner, "b")
-    (first,) = workers(runner, "a")
-    os.kill(first, signal.SIGKILL)
-    until(lambda: states(runner, "a").count("on") == 2)
-    assert any("its window is still open: its job is started again (1 of 3)" in fault for fault in faults_of(runner, "a"))
-    until(lambda: committed_by(runner, "b"))
-    head.kill()
-    head.wait(10)
-    before = workers(runner, "a")
-    again = runner.start("coordinator.py", *argv, log="coordinator")
-    count = committed_by(runner, "a")
-    until(lambda: committed_by(runner, "a") > count + 1)
-    assert workers(runner, "a") == before and len(before) == 1, "adopted, not started again"
-    until(lambda: "off" in states(runner, "b") and not workers(runner, "b"), 90)
-    assert workers(runner, "a") == before
-    again.send_signal(signal.SIGTERM)
-    assert again.wait(60) == config.EXIT_FAILED
-    assert not processes_in(runner.folder), "nothing is left"
-    assert runner.journal()[-1]["reason"] == "interrupted" and "could not be stopped" not in runner.said()
-    all_hold(runner, argv)
-
-
 FAKE_CLUSTER = """import os, signal, subprocess, sys, time
 from pathlib import Path
-op, job, train = sys.argv[1:]
+op, job, *train = sys.argv[1:]
 pid, count = Path(job + ".pid"), Path(job + ".count")
 def alive():
     stat = Path("/proc") / (pid.read_text() if pid.exists() else "none") / "stat"
@@ -384,7 +366,7 @@ if op == "start":
         time.sleep(1000)
     assert not alive()
     log = open(job + ".log", "w")
-    child = subprocess.Popen(["sh", "-c", "exec " + train], stdout=log, stderr=log, start_new_session=True)
+    child = subprocess.Popen(train, stdout=log, stderr=log, start_new_session=True)
     pid.write_text(str(child.pid))
 elif op == "stop" and alive():
     os.kill(int(pid.read_text()), signal.SIGTERM)
@@ -394,27 +376,37 @@ elif op == "status" and alive():
 
 
 @pytest.mark.slow
-def test_a_cluster_that_fails_once_and_hangs_once_delays_only_its_own_site(runner):
-    """Two sites, two modes: b is local and trains while the cluster of a says no, then nothing, then yes."""
+def test_real_jobs_are_retried_restarted_adopted_and_stopped_and_hold_nobody_up(runner):
+    """a is local. b has a cluster of its own, which says no, then nothing, then yes. a's process is killed, then the coordinator."""
     (runner.folder / "cluster.py").write_text(FAKE_CLUSTER)
     call = shlex.join([sys.executable, "cluster.py"])
-    commands = {op: f"{call} {op} {{job}} {{train}}" for op in ("start", "stop", "status")}
-    own = {"mode": "command", **commands, "start_timeout_s": 20}
-    argv = runner.write({"a": FAST | {"provision": own}, "b": FAST}, **WALL, provision={"mode": "local", **QUICK})
-    launch = runner.start("launch.py", *argv, log="launch")
-    until(lambda: committed_by(runner, "b"))
-    assert states(runner, "a") == ["provisioning"] and not committed_by(runner, "a")
-    until(lambda: committed_by(runner, "a"), 120)
-    assert [fault.partition(";")[0] for fault in faults_of(runner, "a")] == [
-        "start: " + os.path.basename(sys.executable) + " ended with code 1: no capacity in this zone",
-        "its start has not returned within start_timeout_s=20 s",
+    commands = {op: f"{call} {op} {{job}} {{python}} {{repo}}/train.py {{config}} site={{site}}" for op in ("start", "stop", "status")}
+    own = {"mode": "command", **commands, "start_timeout_s": 15}
+    argv = runner.write({"a": FAST, "b": FAST | {"provision": own}}, **WALL, provision={"mode": "local", **QUICK})
+    head = runner.start("coordinator.py", *argv, log="coordinator")
+    until(lambda: committed_by(runner, "a"))
+    assert states(runner, "b") == ["provisioning"] and faults_of(runner, "b")[0].startswith("start: python"), "a trains meanwhile"
+    (first,) = workers(runner, "a")
+    os.kill(first, signal.SIGKILL)
+    until(lambda: states(runner, "a").count("on") == 2)
+    assert faults_of(runner, "a") == ["its window is still open: its job is started again (1 of 3)"]
+    until(lambda: committed_by(runner, "b"), 90)
+    assert [fault.partition(": ")[2].partition(" (")[0] or fault for fault in faults_of(runner, "b")] == [
+        f"{Path(sys.executable).name} ended with code 1: no capacity in this zone; again in 0.5 s",
+        "its start has not returned within start_timeout_s=15 s; again in 1 s (2 of 3)",
     ]
-    launch.send_signal(signal.SIGINT)
-    assert launch.wait(90) == 130, runner.said("launch")
+    head.kill()
+    head.wait(10)
+    before, count = workers(runner, "a") | workers(runner, "b"), committed_by(runner, "a")
+    again = runner.start("coordinator.py", *argv, log="coordinator")
+    until(lambda: committed_by(runner, "a") > count + 1)
+    assert workers(runner, "a") | workers(runner, "b") == before and len(before) == 2, "adopted, not started again"
+    again.send_signal(signal.SIGTERM)
+    assert again.wait(60) == config.EXIT_FAILED
     assert not processes_in(runner.folder), "nothing is left"
-    rows = [r for r in carbon.read_intervals(str(runner.run_dir / "intervals.csv")) if r.site == "a"]
-    assert (rows[1].state == "provisioning" and rows[1].end_s - rows[1].start_s > 20) or rows[0].state == "provisioning"
-    assert runner.summary()["sites"]["a"]["starts"] == 1 and runner.summary()["tokens"] > 0
+    assert runner.journal()[-1]["reason"] == "interrupted" and "could not be stopped" not in runner.said()
+    assert max(r.end_s - r.start_s for r in carbon.read_intervals(str(runner.run_dir / "intervals.csv"))
+               if (r.site, r.state) == ("b", "provisioning")) > 15, "the failed starts are charged"  # fmt: skip
     all_hold(runner, argv)
 
 
@@ -517,10 +509,10 @@ def test_a_day_on_slurm_jobs_come_and_go_in_three_partitions_and_none_is_left(ru
         return {partition: state for _, partition, state in rows}
 
     sites = {name: FAST | {"provision": {"partition": name}} for name in ("west", "south", "east", "nowhere")}
-    windows = {"west": [CLEAN], "south": [*[CLEAN] * 6, DIRTY], "east": [*[DIRTY] * 3, CLEAN], "nowhere": [CLEAN]}
-    argv = runner.write(sites, windows, step_s=5, **WALL,
+    windows = {"west": [CLEAN], "south": [*[CLEAN] * 4, DIRTY], "east": [DIRTY, CLEAN], "nowhere": [CLEAN]}
+    argv = runner.write(sites, windows, step_s=4, **WALL,
                         provision={"mode": "slurm", **QUICK, "retries": 1, "options": ["--comment={run} {site}"]})  # fmt: skip
-    launch = runner.start("launch.py", *argv, log="launch")
+    launch = runner.start("launch.py", *argv, log="launch")  # starts nothing but the coordinator
     until(lambda: states(runner, "west"))
     run_id = runner.journal()[0]["wall"]["run_id"]
     until(lambda: queue().keys() >= {"west", "south"}, 20)
