@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -13,7 +14,8 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import CLEAN, DIRTY, processes_in
+import yaml
+from conftest import CLEAN, DIRTY, REPO, processes_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -307,6 +309,75 @@ def test_job_names_are_what_slurm_kubernetes_and_clouds_accept_and_differ_betwee
     cfg = config.load([*runner.write({"a_b": {}, "A_b": {}}), "provision.mode=local", "clock.mode=wall"])
     with pytest.raises(config.BadInput, match="a_b and A_b would have jobs of one name"):
         provision.check(cfg)
+
+
+def readme_blocks(language: str) -> list[str]:
+    section = (REPO / "README.md").read_text().partition("## Provisioning")[2].partition("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.S)
+
+
+@pytest.fixture
+def fake_tools(tmp_path, monkeypatch):
+    """Programs that only say how they were called, in a folder at the front of the PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("kubectl", "sky", "sbatch", "squeue", "scancel"):
+        (folder / name).write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n[ "$1" != create ] || cat\n')
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+def test_the_readmes_examples_of_commands_are_good_configs(runner, fake_tools):
+    blocks = readme_blocks("yaml")
+    assert len(blocks) == 2
+    for block in blocks:
+        (runner.folder / "my.yaml").write_text("base: config.yaml\n" + block)
+        runner.write({"texas": {}, "south_australia": {}}, clock={"mode": "wall"})
+        cfg = config.load([str(runner.folder / "my.yaml")])
+        provision.check(cfg)
+        cluster = provision.cluster_of(cfg, "south_australia", "0a1b2c", "10.0.0.1:5555")
+        job = "curtail-0a1b2c-south-australia"
+        assert all(any(job in word for word in argv) for argv in cluster.argv.values())
+        assert cluster.argv["status"][-1] == job or f"--selector=job-name={job}" in cluster.argv["status"]
+
+
+def test_the_kubernetes_example_makes_a_job_that_runs_one_site_with_its_own_key(fake_tools):
+    command = ["sh", "examples/kubernetes.sh", "curtail-0a1b2c-south-australia", "south_australia", "4", "demo"]
+    said = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("create\n--filename=-\n")
+    job = yaml.safe_load(said.partition("--filename=-\n")[2])
+    pod = job["spec"]["template"]["spec"]
+    (site,) = pod["containers"]
+    assert job["metadata"]["name"] == "curtail-0a1b2c-south-australia" and job["spec"]["backoffLimit"] == 0
+    assert site["command"][-4:] == ["train.py", "/config/config.yaml", "site=south_australia", "run=demo"]
+    assert site["resources"]["limits"] == {"nvidia.com/gpu": 4} and pod["terminationGracePeriodSeconds"] >= 30
+    assert {m["name"] for m in site["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    assert pod["volumes"][1]["secret"]["secretName"] == "curtail-keys-south-australia"
+
+
+def test_the_skypilot_example_trains_the_site_it_is_given():
+    task = yaml.safe_load((REPO / "examples" / "skypilot.yaml").read_text())
+    assert set(task["envs"]) == {"SITE", "RUN"} and "site=${SITE} run=${RUN}" in task["run"]
+    assert all("key_secret" not in path or "${SITE}.key_secret" in path for path in task["file_mounts"].values())
+
+
+def test_slurm_jobs_are_what_the_shipped_config_says(fake_tools, tmp_path, monkeypatch):
+    cfg = config.load([str(REPO / "configs" / "slurm.yaml")])
+    provision.check(cfg)
+    monkeypatch.chdir(tmp_path)
+    job = provision.cluster_of(cfg, "texas", "0a1b2c", "10.0.0.1:5555")
+    job.start(provision.threading.Event())
+    assert job.argv["start"][-5:-1] == ["--partition=texas", "--gres=gpu:4", "--cpus-per-task=32", "--time=12:00:00"]
+    script = Path(job.argv["start"][-1]).read_text()
+    assert f"cd {shlex.quote(str(tmp_path))} || exit 1" in script and "--nproc_per_node=4" in script
+    assert script.rstrip().endswith(f"{REPO}/train.py {tmp_path}/runs/slurm/config.yaml site=texas")
+    assert subprocess.run(["sh", "-n"], input=script, text=True).returncode == 0
+
+
+def test_the_readmes_script_for_two_nodes_has_only_known_placeholders():
+    (script,) = readme_blocks("sh")
+    filled = provision.fill(script, dict.fromkeys(provision.NAMES, "x"))
+    assert "{" not in filled and subprocess.run(["bash", "-n"], input=filled, text=True).returncode == 0
 
 
 # -- real processes ---------------------------------------------------------------------------------------------------
