@@ -245,7 +245,7 @@ class Job:
         elif self.began is None and t >= self.pause_until:
             self.began = t
         wrong += self._overdue(t, wanted, here)
-        if self.stopping is not None and self.alive is False:
+        if self.alive is False and (self.stopping is not None or not wanted):
             self.stopping, self.submitted = None, False
         if self.stopping is not None:
             if t >= self.hit_at:
@@ -287,7 +287,7 @@ class Job:
             if value and wanted:
                 self.submitted = True
             elif not value and not wanted:
-                self.submitted, self.look_at = False, t + UNASKED_POLLS * self.p.poll_s
+                self.look_at = t + UNASKED_POLLS * self.p.poll_s
         elif op == "start":
             self.alive = None if error else True
             if error and wanted and not here and self.stopping is None:

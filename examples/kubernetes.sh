@@ -1,0 +1,39 @@
+#!/bin/sh
+# One site as a Kubernetes Job, created under a name of its own (a second one of that name is refused):
+#   sh examples/kubernetes.sh JOB SITE RANKS RUN
+# Before: an image of this repository with its .venv; the config as ConfigMap `curtail-config` (key config.yaml, with sync.host and
+# sync.port of the head node); the token shards on a volume claim `curtail-data`; and of each site only its own key:
+#   kubectl create secret generic curtail-keys-SITE --from-file=runs/RUN/keys/coordinator.key --from-file=runs/RUN/keys/SITE.key_secret
+# (in a secret's name underscores become dashes)
+set -eu
+job=$1 site=$2 ranks=$3 run=$4
+kubectl create --filename=- <<END
+apiVersion: batch/v1
+kind: Job
+metadata:
+  name: $job
+  labels: {app: curtail}
+spec:
+  backoffLimit: 0                  # the coordinator decides about restarts
+  template:
+    metadata:
+      labels: {app: curtail}
+    spec:
+      restartPolicy: Never
+      terminationGracePeriodSeconds: 30    # a site asked to go leaves its round within 20 s
+      nodeSelector: {curtail/site: $site}
+      containers:
+        - name: site
+          image: registry.example.org/curtail:latest
+          workingDir: /curtail
+          command: [.venv/bin/torchrun, --standalone, --nproc_per_node=$ranks, train.py, /config/config.yaml, site=$site, run=$run]
+          resources: {limits: {nvidia.com/gpu: $ranks}}
+          volumeMounts:
+            - {name: config, mountPath: /config}
+            - {name: keys, mountPath: /curtail/runs/$run/keys, readOnly: true}
+            - {name: data, mountPath: /curtail/data}
+      volumes:
+        - {name: config, configMap: {name: curtail-config}}
+        - {name: keys, secret: {secretName: curtail-keys-$(echo "$site" | tr _ -), defaultMode: 0400}}
+        - {name: data, persistentVolumeClaim: {claimName: curtail-data}}
+END
