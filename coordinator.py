@@ -122,11 +122,7 @@ class Coordinator:
     def _open_folder(self) -> bool:
         """True if this run starts at its beginning; raises BadInput if what is there cannot be resumed."""
         if self.cfg.fresh:
-            before = []
-            with contextlib.suppress(OSError, BadInput):
-                before = read(self.dir / "journal.jsonl") if provision.on_demand(self.cfg) else []
-            if before and before[-1]["type"] != "end":  # killed, and perhaps its jobs run on
-                provision.provisioner(self.cfg, before[0]["wall"]["run_id"], "").close(0.0)
+            provision.stop_left(self.cfg)  # it was perhaps killed, and its jobs run on
             for pattern in RUN_FILES:
                 for file in self.dir.glob(pattern):
                     file.unlink()
@@ -776,12 +772,11 @@ class Coordinator:
         self.journal.flush()
         if not self.replay:
             carbon.write_intervals(self.dir / "intervals.csv", self._intervals(self.journal.records[-1]["t_s"]))
-        for site in self.jobs.close():
-            job = provision.job_name(self.vault.run_id, site)
-            print(f"coordinator: the job of {site}, {job}, could not be stopped; see to it by hand", file=sys.stderr, flush=True)
         self.hub.close()
         self.vault.close()
         self.journal.close()
+        for site in self.jobs.close():
+            print(f"coordinator: the job of {site} could not be stopped; try `python provision.py stop {self.dir}`", file=sys.stderr)
         return self.run.code
 
     def give_up(self) -> None:

@@ -177,6 +177,7 @@ def main(argv: list[str]) -> int:
             child.wait()
         if screen:
             screen.close()
+            provision.stop_left(cfg)  # of a coordinator that could not
     code = config.EXIT_FAILED if code < 0 else code
     if code in (config.EXIT_DONE, config.EXIT_BUDGET_LEFT) and (run_dir / "summary.json").exists():
         subprocess.run([sys.executable, str(HERE / "figures.py"), str(run_dir)], env=env, check=False)

@@ -3,6 +3,7 @@
     jobs = provisioner(cfg, run_id, address)    at the coordinator, on the wall clock
     jobs.follow(t, run, connected)              once per turn of its loop; never blocks
     jobs.close()                                at the run's end: nothing is left running
+    python provision.py stop runs/demo          by hand: stop what a coordinator that is gone for good has left running
 
 `provision.mode`, which may differ from site to site (`sites.NAME.provision`):
 
@@ -37,6 +38,7 @@ from pathlib import Path
 import psutil
 
 import config
+import journal
 from config import BadInput
 
 HERE = Path(__file__).resolve().parent
@@ -391,6 +393,14 @@ def provisioner(cfg, run_id: str, address: str) -> Provisioner:
     return Provisioner({name: Job(cluster_of(cfg, name, run_id, address), config.provision_of(cfg, name)) for name in on_demand(cfg)})
 
 
+def stop_left(cfg) -> list[str]:
+    """Stop what a coordinator that is gone has left running. Returns the sites whose job would not go."""
+    records = []
+    with contextlib.suppress(OSError, BadInput):  # no journal, no job; a damaged one is somebody else's to report
+        records = journal.read(config.run_dir(cfg) / "journal.jsonl")
+    return provisioner(cfg, records[0]["wall"]["run_id"], "").close(0.0) if records else []
+
+
 def bound_s(p) -> float:
     """How long stopping one job may take at the run's end."""
     return OWN_WAY_S + 2 * p.stop_s + p.command_s
@@ -445,3 +455,17 @@ def check(cfg) -> None:
         for program in programs:
             if shutil.which(fill(program, dict.fromkeys(NAMES, ""))) is None:
                 raise BadInput(f"provision.mode={p.mode} at site {site}: no program {program!r} on the PATH of this machine; install it")
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 2 or argv[0] != "stop" or not (Path(argv[1]) / "config.yaml").is_file():
+        raise BadInput("say provision.py stop RUN_DIR, where its coordinator was started")
+    cfg = config.load([f"{argv[1]}/config.yaml"])
+    left = stop_left(cfg)
+    for site in on_demand(cfg):
+        print(f"{site:15} | {'is still there' if site in left else 'nothing runs'}")
+    return config.EXIT_FAILED if left else config.EXIT_DONE
+
+
+if __name__ == "__main__":
+    config.command(main)

@@ -64,6 +64,8 @@ class Cluster:
         return bool(self.copies)
 
     def start(self, cancel) -> None:
+        if cancel.is_set():
+            raise Trouble("start: nobody wants it any more")
         self.starts.append(self.world.t)
         assert not self.copies, f"a second copy of {self.name}"
         kind = self.rng.choice(["refused", "late", "mute", "short"]) if self.bad() else "good"
@@ -181,7 +183,7 @@ def test_whatever_a_cluster_does_there_is_one_copy_at_most_none_at_the_end_and_n
     for first, last in windows(wild):
         if not kills and on_s < provision.QUIET_S:
             assert sum(first <= t < last + 20 for t in starts) <= 1 + P.retries, "tried more often than allowed"
-    assert all(any(first <= t <= last + 22 for first, last in windows(wild)) for t in starts), "started without a window"
+    assert all(any(first <= t <= last + 21 for first, last in windows(wild)) for t in starts), "started without a window"
 
     left = world.jobs.close()
     assert {name for name, c in world.clusters.items() if c.copies} <= set(left) <= {"wild"}, "what is left running is said"
@@ -452,7 +454,7 @@ def test_real_jobs_are_retried_restarted_adopted_and_stopped_and_hold_nobody_up(
     (runner.folder / "cluster.py").write_text(FAKE_CLUSTER)
     call = shlex.join([sys.executable, "cluster.py"])
     commands = {op: f"{call} {op} {{job}} {{python}} {{repo}}/train.py {{config}} site={{site}}" for op in ("start", "stop", "status")}
-    own = {"mode": "command", **commands, "start_timeout_s": 15}
+    own = {"mode": "command", **commands, "start_timeout_s": 12}
     argv = runner.write({"a": FAST, "b": FAST | {"provision": own}}, **WALL, provision={"mode": "local", **QUICK})
     head = runner.start("coordinator.py", *argv, log="coordinator")
     until(lambda: committed_by(runner, "a"))
@@ -462,9 +464,9 @@ def test_real_jobs_are_retried_restarted_adopted_and_stopped_and_hold_nobody_up(
     until(lambda: states(runner, "a").count("on") == 2)
     assert faults_of(runner, "a") == ["its window is still open: its job is started again (1 of 3)"]
     until(lambda: committed_by(runner, "b"), 90)
-    assert [fault.partition(": ")[2].partition(" (")[0] or fault for fault in faults_of(runner, "b")] == [
+    assert [fault.partition(": ")[2].partition(" (")[0] or fault for fault in faults_of(runner, "b")[:2]] == [
         f"{Path(sys.executable).name} ended with code 1: no capacity in this zone; again in 0.5 s",
-        "its start has not returned within start_timeout_s=15 s; again in 1 s (2 of 3)",
+        "its start has not returned within start_timeout_s=12 s; again in 1 s (2 of 3)",
     ]
     head.kill()
     head.wait(10)
@@ -472,12 +474,13 @@ def test_real_jobs_are_retried_restarted_adopted_and_stopped_and_hold_nobody_up(
     again = runner.start("coordinator.py", *argv, log="coordinator")
     until(lambda: committed_by(runner, "a") > count + 1)
     assert workers(runner, "a") | workers(runner, "b") == before and len(before) == 2, "adopted, not started again"
-    again.send_signal(signal.SIGTERM)
-    assert again.wait(60) == config.EXIT_FAILED
+    again.kill()
+    again.wait(10)
+    by_hand = runner.call("provision.py", "stop", "runs/tiny")
+    assert by_hand.returncode == 0 and by_hand.stdout.count("nothing runs") == 2, by_hand.stderr
     assert not processes_in(runner.folder), "nothing is left"
-    assert runner.journal()[-1]["reason"] == "interrupted" and "could not be stopped" not in runner.said()
     assert max(r.end_s - r.start_s for r in carbon.read_intervals(str(runner.run_dir / "intervals.csv"))
-               if (r.site, r.state) == ("b", "provisioning")) > 15, "the failed starts are charged"  # fmt: skip
+               if (r.site, r.state) == ("b", "provisioning")) > 12, "the failed starts are charged"  # fmt: skip
     all_hold(runner, argv)
 
 
@@ -596,6 +599,7 @@ def test_a_day_on_slurm_jobs_come_and_go_in_three_partitions_and_none_is_left(ru
     until(lambda: committed_by(runner, "east") and queue() == {"west": "RUNNING", "east": "RUNNING"})
     launch.send_signal(signal.SIGINT)
     assert launch.wait(90) == 130, runner.said("launch")
+    assert runner.journal()[-1]["reason"] == "interrupted" and "could not be stopped" not in runner.said("launch")
     assert queue() == {} and not processes_in(runner.folder), "nothing is left"
     assert {"local", "federated"} <= {r["mode"] for r in runner.journal() if r["type"] == "open"}
     all_hold(runner, argv)
