@@ -344,15 +344,16 @@ def test_account_takes_what_meters_said(tmp_path, capsys):
 
 
 def test_the_coordinator_keeps_one_row_a_second_and_only_what_can_be(tmp_path):
+    inbox = queue.Queue()
     head = types.SimpleNamespace(
         t=0.0, incarnations={"a": "p"}, readings=[], last_readings={}, energy=report.Lines(tmp_path / "energy.csv", carbon.READINGS),
-        virtual=False, hub=types.SimpleNamespace(is_alive=lambda: True, inbox=queue.Queue()), now=lambda: head.t,
+        virtual=False, hub=types.SimpleNamespace(is_alive=lambda: True, hear=lambda timeout_s: inbox.get_nowait()), now=lambda: head.t,
     )  # fmt: skip
     head._metered = types.MethodType(Coordinator._metered, head)
 
     def hears(t, kwh, **more):
         head.t = t
-        head.hub.inbox.put(("a", b"", {"type": "meter", "energy": {"kwh": kwh, "method": "rapl"}} | more, b""))
+        inbox.put(("a", b"", {"type": "meter", "energy": {"kwh": kwh, "method": "rapl"}} | more, b""))
         Coordinator._receive(head, 0.0)
 
     for t, kwh in ((10.0, 1.0), (10.5, 1.1), (11.0, 1.2), (12.5, 1.1)):
