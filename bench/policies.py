@@ -84,21 +84,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true")
     args, more = parser.parse_known_args(argv)
     rows = []
-    if True:
-        for month, (keys, region, forecasts) in months().items():
-            if args.months not in ("all", month):
+    for month, (keys, region, forecasts) in months().items():
+        if args.months not in ("all", month):
+            continue
+        at_once = None
+        for name, policy in POLICIES.items():
+            if "issued" in name and not forecasts:
                 continue
-            at_once = None
-            for name, policy in POLICIES.items():
-                if "issued" in name and not forecasts:
-                    continue
-                r = play(keys, region, *policy, *more)
-                at_once = r if name == "threshold" else at_once
-                rows.append({"month": month, "policy": name} | r)
-                if not args.json:
-                    share = f"{100 * r['hours'] / at_once['hours']:5.1f} %" if at_once else "       "
-                    print(f"{month:22} {name:28} {r['g_per_kwh']:6.2f} g/kWh  {r['hours']:6.1f} h {share}  {r['starts']:4} starts, "
-                          f"{r['wasted']:3} wasted", flush=True)  # fmt: skip
+            r = play(keys, region, *policy, *more)
+            at_once = r if name == "threshold" else at_once
+            rows.append({"month": month, "policy": name} | r)
+            if not args.json:
+                share = f"{100 * r['hours'] / at_once['hours']:5.1f} %" if at_once else "       "
+                print(f"{month:22} {name:28} {r['g_per_kwh']:6.2f} g/kWh  {r['hours']:6.1f} h {share}  {r['starts']:4} starts, "
+                      f"{r['wasted']:3} wasted", flush=True)  # fmt: skip
     if args.json:
         print(json.dumps({"rows": rows}))
     return 0

@@ -12,6 +12,7 @@ import hypothesis
 import psutil
 import pytest
 from omegaconf import OmegaConf
+from warm import Warm
 
 import config
 
@@ -41,6 +42,7 @@ TINY = {
 SITE = {"tokens_per_s": 12.8, "idle_kw": 0.5, "train_kw": 2.0, "provision_s": 20, "startup_s": 10, "device_batch": 4,
         "threads_local": 1, "threads_federated": 1}  # fmt: skip
 CLEAN, DIRTY = 20.0, 500.0
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
 
 
 @pytest.fixture(scope="session")
@@ -70,11 +72,12 @@ def write_trace(path: Path, columns: dict[str, list[float]], step_s: int = 60) -
 class Runner:
     """A folder to run in: writes configs and traces there, starts our programs there, kills what is left."""
 
-    def __init__(self, folder: Path, corpus: Path, data_dir: Path):
-        self.folder, self.corpus, self.data_dir = folder, corpus, data_dir
+    def __init__(self, folder: Path, corpus: Path, data_dir: Path, warm: Warm | None):
+        self.folder, self.corpus, self.data_dir, self.warm = folder, corpus, data_dir, warm
         self.processes: list[subprocess.Popen] = []
+        self.calls = 0
         self.program: dict[str, list[str]] = {}  # log name -> what to run its python under
-        self.env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
+        self.env = dict(ENV)
 
     def write(self, sites: dict[str, dict], windows: dict[str, list[float]] | None = None, step_s: int = 60, **changes) -> list[str]:
         """config.yaml (and trace.csv) for these sites, region = site name; returns the arguments that name it."""
@@ -92,20 +95,31 @@ class Runner:
         return config.load(argv)
 
     def start(self, script: str, *argv: str, log: str | None = None) -> subprocess.Popen:
-        name = log or f"{script}-{len(self.processes)}"
-        out = open(self.folder / f"{name}.log", "w")
-        program = ["-m", "torch.distributed.run"] if script == "torchrun" else [str(REPO / script)]
-        process = subprocess.Popen(
-            [*self.program.get(log, []), sys.executable, *program, *argv], cwd=self.folder, env=self.env, stdout=out,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        process.log = self.folder / f"{name}.log"
+        path = self.folder / f"{log or f'{script}-{len(self.processes)}'}.log"
+        under, program = self.program.get(log, []), ["-m", "torch.distributed.run"] if script == "torchrun" else [str(REPO / script)]
+        if self.warm and script != "torchrun" and not under:
+            process = self.warm.start([*program, *argv], self.folder, self.env, path)
+        else:
+            with open(path, "w") as out:
+                process = subprocess.Popen([*under, sys.executable, *program, *argv], cwd=self.folder, env=self.env, stdout=out,
+                                           stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        process.log = path
         self.processes.append(process)
         return process
 
     def call(self, script: str, *argv: str, timeout: float = 120) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, str(REPO / script), *argv], cwd=self.folder, env=self.env, capture_output=True,
-                              text=True, timeout=timeout)  # fmt: skip
+        if not self.warm:
+            return subprocess.run([sys.executable, str(REPO / script), *argv], cwd=self.folder, env=self.env, capture_output=True,
+                                  text=True, timeout=timeout)  # fmt: skip
+        self.calls += 1
+        said = [self.folder / f".call-{self.calls}.{end}" for end in ("out", "err")]
+        process = self.warm.start([str(REPO / script), *argv], self.folder, self.env, *said)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess(process.args, code, *(path.read_text() for path in said))
 
     def begin(self, argv: list[str], sites: list[str]) -> tuple[subprocess.Popen, dict[str, subprocess.Popen]]:
         """Coordinator and sites as the README starts them, but for torchrun, which is slow to start."""
@@ -152,9 +166,20 @@ class Runner:
             process.wait(10)
 
 
+@pytest.fixture(scope="session")
+def warm():
+    """What starts our programs quickly; None where it cannot: there they start cold."""
+    if sys.platform != "linux":
+        yield None
+        return
+    made = Warm(ENV)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def runner(tmp_path, corpus):
-    r = Runner(tmp_path, corpus, corpus.parent / "tokens")
+def runner(tmp_path, corpus, warm):
+    r = Runner(tmp_path, corpus, corpus.parent / "tokens", warm)
     yield r
     r.stop()
 

@@ -1,0 +1,113 @@
+"""Starts our programs from a process that has torch loaded already: the tests start hundreds, and each would load it for seconds.
+
+    warm = Warm(env)
+    process = warm.start([script, *argv], cwd, env, out)        # poll, wait, kill, ... as of a subprocess.Popen
+    warm.close()
+
+A started program is a process of its own, forked, in a session of its own; only what others wrote is loaded, every line of
+ours runs as it does cold. Fork wants one thread: nothing here computes or listens. Linux only.
+"""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+
+class Process:
+    """A child of the warm process, used as a subprocess.Popen."""
+
+    def __init__(self, warm: "Warm", pid: int, args: list[str]):
+        self.warm, self.pid, self.args, self.returncode = warm, pid, args, None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self.warm.ask({"poll": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        until = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if until is not None and time.monotonic() > until:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.005)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Warm:
+    def __init__(self, env: dict[str, str]):
+        """env: what is read while torch is loaded, e.g. OMP_NUM_THREADS."""
+        ours, theirs = socket.socketpair()
+        argv = [sys.executable, __file__, str(theirs.fileno())]
+        self._process = subprocess.Popen(argv, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
+        theirs.close()
+        self._socket, self._file, self._asking = ours, ours.makefile("rw"), threading.Lock()
+
+    def ask(self, question: dict):
+        with self._asking:
+            self._file.write(json.dumps(question) + "\n")
+            self._file.flush()
+            return json.loads(self._file.readline())
+
+    def start(self, argv: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path | None = None) -> Process:
+        """argv: a script and its arguments. err: None: with out."""
+        return Process(self, self.ask({"argv": argv, "cwd": str(cwd), "env": env, "out": str(out), "err": err and str(err)}), argv)
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+        self._process.wait(10)
+
+
+def serve(connection: socket.socket) -> dict:
+    """Answers until nobody asks; returns only in a child: what that is to become."""
+    file = connection.makefile("rw")
+    for line in file:
+        question = json.loads(line)
+        if "poll" in question:
+            pid, status = os.waitpid(question["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        elif not (answer := os.fork()):
+            return question
+        file.write(json.dumps(answer) + "\n")
+        file.flush()
+    os._exit(0)
+
+
+def become(job: dict) -> None:
+    os.setsid()
+    os.chdir(job["cwd"])
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    os.dup2(os.open(job["out"], flags, 0o644), 1)
+    os.dup2(os.open(job["err"], flags, 0o644) if job["err"] else 1, 2)
+    os.closerange(3, 256)  # above all the way back to the tests
+    os.environ.clear()
+    os.environ.update(job["env"])
+    sys.argv, sys.path[0] = job["argv"], str(Path(job["argv"][0]).parent)
+
+
+if __name__ == "__main__":
+    import numpy  # noqa: F401
+    import omegaconf  # noqa: F401
+    import torch.distributed  # noqa: F401
+
+    assert threading.active_count() == 1
+    job = serve(socket.socket(fileno=int(sys.argv[1])))
+    become(job)
+    runpy.run_path(job["argv"][0], run_name="__main__")
