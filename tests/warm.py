@@ -8,6 +8,7 @@ A started program is a process of its own, forked, in a session of its own; only
 ours runs as it does cold. Fork wants one thread: nothing here computes or listens. Linux only.
 """
 
+import ctypes
 import json
 import os
 import runpy
@@ -91,6 +92,7 @@ def serve(connection: socket.socket) -> dict:
 
 
 def become(job: dict) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # when the process that started it is gone, so is it
     os.setsid()
     os.chdir(job["cwd"])
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -105,6 +107,7 @@ def become(job: dict) -> None:
 if __name__ == "__main__":
     import numpy  # noqa: F401
     import omegaconf  # noqa: F401
+    import torch._dynamo  # the first optimizer asks for it
     import torch.distributed  # noqa: F401
 
     assert threading.active_count() == 1
