@@ -68,28 +68,14 @@ class Forecast:
 
     def ahead(self, t: float, site: str, n: int) -> np.ndarray:
         """(n,) expected values of the slot that holds t and of those after it. The site must have been observed."""
-        return self._ahead(t, site, n, lambda days, known: (np.where(known, days, 0.0).sum(0) / np.maximum(known.sum(0), 1))[None])[0]
-
-    def ways(self, t: float, site: str, n: int) -> np.ndarray:
-        """(m, n): the same in m ways that are equally likely, as the last m days went; one way where no day is asked for. What is
-        scarce on each of them may be plenty on their mean."""
-
-        def each(days: np.ndarray, known: np.ndarray) -> np.ndarray:
-            mean = np.where(known, days, 0.0).sum(0) / np.maximum(known.sum(0), 1)
-            return np.where(known, days, mean)[known.any(1)] if known.any() else mean[None]
-
-        return self._ahead(t, site, n, each)
-
-    def _ahead(self, t: float, site: str, n: int, profiles) -> np.ndarray:
-        """(m, n). profiles(days, known: (days, n)) -> (m, n), where any day is known."""
         slot = self.slot(t)
         if self.kind == "truth":
-            return self.truth(site, slot * self.step_s, n)[None]
+            return self.truth(site, slot * self.step_s, n)
         past = self.past[site]
         now = past.values[past.num - 1]
-        out, at = np.full(n, now), 1
         if self.kind == "persistence":
-            return out[None]
+            return np.full(n, now)
+        out, at = np.full(n, now), 1
         if self.kind == "issued" and site in self.issued:
             starts, values = self.issued[site]
             slots = np.array([self.slot(s) for s in starts]) - slot
@@ -102,9 +88,9 @@ class Forecast:
         back = slot + i - self._day * (1 + i // self._day)  # the last day that is known there
         days = np.array([past.at(back - self._day * k) for k in range(self.days)])
         known = np.isfinite(days)
-        profile = profiles(days, known)
+        profile = np.where(known, days, 0.0).sum(0) / np.maximum(known.sum(0), 1)
         known = known.any(0)
         fade = np.exp(-(i - at + 1) * self.step_s / self.decay_s) if self.decay_s else np.zeros(len(i))
-        error = (out[at - 1] - profile[:, :1]) * fade if known[0] else 0.0
-        later = np.where(known, np.maximum(profile + error, np.minimum(profile, 0.0)), now)[:, 1:]
-        return np.concatenate((np.tile(out[:at], (len(later), 1)), later), axis=1)
+        error = (out[at - 1] - profile[0]) * fade if known[0] else 0.0
+        out[at:] = np.where(known, np.maximum(profile + error, np.minimum(profile, 0.0)), now)[1:]
+        return out

@@ -366,18 +366,18 @@ class Deadline(Joint):
         first = self.forecast.slot(t)
         n = int(np.ceil((end - first * step) / step - 1e-9))
         edges = np.clip(step * (first + np.arange(n + 1)), t, end)
-        ways = [self.forecast.ways(t, name, n) for name in sites]
-        value = np.array([[way[m % len(way)] for way in ways] for m in range(max(map(len, ways)))])
+        value = np.array([self.forecast.ahead(t, name, n) for name in sites])
         seconds = np.array([np.diff(np.maximum(edges, t + s.ready_s(t))) for s in sites.values()])
-        price, cost, work = self._price(list(sites.values()), value, seconds, left)
+        cost, work = self.marginal(list(sites.values()), value, seconds)
+        price = self._price(list(sites.values()), cost, work, left)
         must, team = self.guard(t, sites, left)
         worth = {}  # g/s that a site at work gains: what coming and going costs it, since all average then
         for (name, s), c in zip(sites.items(), cost):
             if s.state == "on" and price < INFINITY:
-                worth[name] = s.tokens_per_s * max(0.0, price - c[0, 0])
-        for at, ((name, s), c, w) in enumerate(zip(sites.items(), cost, work)):
-            gains = np.cumsum((w * (price - np.where(w > 0, c, price))).sum(0)) if price < INFINITY else np.full(n, INFINITY)
-            start_g = s.idle_kw * s.restart_s * max(0.0, float(value[0, at, 0])) / 3600
+                worth[name] = s.tokens_per_s * max(0.0, price - c[0])
+        for (name, s), c, w, v in zip(sites.items(), cost, work, value):
+            gains = np.cumsum(w * (price - np.where(w > 0, c, price))) if price < INFINITY else np.full(n, INFINITY)
+            start_g = s.idle_kw * s.restart_s * max(0.0, float(v[0])) / 3600
             start_g += self.sync_s * sum(worth[n] for n in worth if n != name)
             shown = f"{self.what} {s.value:.0f}, price {price * 3600 * s.tokens_per_s / s.train_kw:.0f}"
             if not s.up:
@@ -393,9 +393,12 @@ class Deadline(Joint):
                 good = np.flatnonzero(gains > 0)
                 if bad.size and (not good.size or bad[0] < good[0]):
                     rest = self.deadline_s - MARGIN_S - self.last_s(t, sites, left, off=name)[0]
+                    at = list(sites).index(name)
                     cut = seconds.copy()
                     cut[at] = np.diff(np.maximum(edges, t + s.restart_s))
-                    if rest > step + self.sync_s and self._price(list(sites.values()), value, cut, left)[0] < c[0, 0]:
+                    c2, w2 = self.marginal(list(sites.values()), value, cut)
+                    price2 = self._price(list(sites.values()), c2, w2, left)
+                    if rest > step + self.sync_s and price2 < c[0]:
                         self.pending[name] = (t, f"{shown}: others will do by the deadline")
 
     @staticmethod
@@ -434,21 +437,18 @@ class Deadline(Joint):
         back = np.argsort(order, axis=0)
         return np.take_along_axis(cost, back, 0), np.take_along_axis(each, back, 0)
 
-    def _price(self, sites: list[Site], value: np.ndarray, seconds: np.ndarray, left: float) -> tuple[float, np.ndarray, np.ndarray]:
-        """The price at which as much work is expected as is left: the mean of M ways the grids may go. value: (M, K, n) g/kWh.
-        -> g/token, infinity if all is needed; cost (K, M, n) in g/token; work (K, M, n) in tokens, of each way its share."""
-        cost, work = (np.array(x) for x in zip(*(self.marginal(sites, way, seconds) for way in value)))
-        cost, work = cost.swapaxes(0, 1), work.swapaxes(0, 1) / len(value)
+    def _price(self, sites: list[Site], cost: np.ndarray, work: np.ndarray, left: float) -> float:
+        """g/token of the dirtiest moment needed; infinity if all are."""
         order = np.argsort(cost, axis=None, kind="stable")
         costs, filled, lost = cost.ravel()[order], np.cumsum(work.ravel()[order]), 0.0
-        restart = np.array([s.restart_s * s.tokens_per_s for s in sites]) / len(value)
+        restart = np.array([s.restart_s * s.tokens_per_s for s in sites])
         for _ in range(3):
             at = int(np.searchsorted(filled, left + lost))
             if at >= len(costs):
-                return INFINITY, cost, work
+                return INFINITY
             runs = cost <= costs[at]
-            lost = float((runs[..., 1:] & ~runs[..., :-1]).sum((1, 2)) @ restart)
-        return float(costs[at]), cost, work
+            lost = float((runs[:, 1:] & ~runs[:, :-1]).sum(1) @ restart)
+        return float(costs[at])
 
 
 class Plan(Joint):
