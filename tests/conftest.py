@@ -16,6 +16,9 @@ from warm import Warm
 
 import config
 
+# A shell has what it runs in the background ignore Ctrl-C, and all that this starts: the tests are about Ctrl-C, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 REPO = Path(__file__).parent.parent
 START = "2026-01-11T17:00:00Z"
 

@@ -88,4 +88,9 @@ def test_interrupted_it_takes_everything_with_it(env):
         time.sleep(0.2)
     assert run.poll() is None and len(flower_processes() - before) >= 6  # SuperLink, two SuperNodes, their SuperExecs
     os.kill(run.pid, signal.SIGINT)
-    assert run.wait(20) == 130
+    try:
+        assert run.wait(20) == 130
+    finally:
+        for pid in flower_processes() - before if run.poll() is None else ():  # it did not: nothing stays all the same
+            os.kill(pid, signal.SIGKILL)
+        run.kill()

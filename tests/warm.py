@@ -93,7 +93,6 @@ def serve(connection: socket.socket) -> dict:
 
 def become(job: dict) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # when the process that started it is gone, so is it
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore Ctrl-C
     os.setsid()
     os.chdir(job["cwd"])
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
