@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from model import GPT
-from parallel import Ranks, SharedMuon, is_cut, like, local
+from parallel import Muon, Ranks, SharedMuon, is_cut, like, local
 
 ADAM_EPS = 1e-10  # nanochat; torch's 1e-8 is not small beside its tiny second moments
 
@@ -65,7 +65,7 @@ class Inner:
         if optim.matrices == "muon" and ranks and ranks.size > 1:
             self.muon = SharedMuon(matrices, ranks.rank, ranks.size)
         elif optim.matrices == "muon":
-            self.muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0, nesterov=True, adjust_lr_fn="original")
+            self.muon = Muon(matrices, lr=0.0, weight_decay=0.0, nesterov=True, adjust_lr_fn="original")
         self.matrices["base_lr"] = optim.matrix_lr
         self.weight_decay = optim.weight_decay
         self._all = {name: o for name, o in (("adam", self.adam), ("muon", self.muon)) if o}

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import config
 import model
+import parallel
 import sync
 from export import hf_names
 from model import GPT, LOGIT_CAP, NORM_EPS, Shape, chunk_loss, compile_, flops_per_token, num_params, shape_of
@@ -293,3 +294,21 @@ def test_logits_loss_and_every_gradient_are_transformers_nanochats(tmp_path):
             torch.testing.assert_close(made(ids, targets), theirs.pop("loss"), rtol=1e-5, atol=0)
         ours = {names[name]: g for name, g in gradients(made, ids, targets).items()}
         assert furthest(ours, theirs) < 1e-5, made.shape
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (64, 64)])
+def test_muon_without_bfloat16_is_torchs_but_for_its_rounding(monkeypatch, shape):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    generator = torch.Generator().manual_seed(0)
+    begin = torch.randn(*shape, generator=generator)
+    ours, theirs = (torch.nn.Parameter(begin.clone()) for _ in range(2))
+    hyper = {"lr": 0.02, "weight_decay": 0.1, "nesterov": True, "adjust_lr_fn": "original"}
+    both = ((ours, parallel.Muon([ours], **hyper)), (theirs, torch.optim.Muon([theirs], **hyper)))
+    for _ in range(5):
+        grad = torch.randn(*shape, generator=generator)
+        for p, optimizer in both:
+            p.grad = grad.clone()
+            optimizer.step()
+    assert (ours - theirs).norm() < 0.02 * (theirs - begin).norm()
+    assert both[0][1].state_dict()["state"].keys() == both[1][1].state_dict()["state"].keys()
+    assert torch.equal(both[0][1].state[ours]["momentum_buffer"], both[1][1].state[theirs]["momentum_buffer"])
