@@ -270,6 +270,8 @@ class Coordinator:
             self._go_live(t)
             if action.kind in ("commit", "drop"):  # told before the stop
                 return
+        if action.kind == "freeze" and run.phase != "freezing":
+            return  # all its members were lost while an action before this one was carried out
         if action.kind == "freeze":  # the round is over in virtual time: now the sites train it
             for site in d["members"]:
                 part = self._signal(site, run.now.open_s, t)

@@ -135,6 +135,8 @@ class Replica:
     def resend(self) -> None:
         """Send the state we hold once more: the committed average that made it, if we still have it, or the state itself."""
         self.settle()
+        if self.rank:
+            return
         self.upload({"delta": self.averager.agreed} if self.agreed_of == self.round - 1 else {"theta": self.theta, "m": self.m})
 
     def upload(self, parts: dict[str, torch.Tensor], about: dict | None = None) -> None:

@@ -502,7 +502,7 @@ class Site:
         made = c["round"] + 1
         self.replica.apply(c["digest"], lambda theta, m: self.tell(type="applied", round=made, digest_theta=theta, digest_m=m))
         self.note(phase="idle")
-        if c["send"]:
+        if c["send"] and self.rank == 0:
             self.replica.upload({"delta": self.replica.averager.agreed})
         if c["eval"]:
             self.evaluate(c)
