@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -26,6 +27,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+SPEAKER_S = 10.0  # the first rank to end has torchrun end the others: so long one waits for the first of its node to speak
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_BUDGET_LEFT = 0, 1, 2, 3
 
 
@@ -208,7 +210,7 @@ class Site:
     startup_s: float = 0.0
     device: str = "cpu"
     device_batch: int = 8  # rows per rank and forward pass
-    ranks: int = 1  # what launch.py starts; by hand: torchrun --nproc_per_node
+    ranks: int | None = None  # of all its nodes; null: as many as torchrun starts, and launch.py and jobs start one
     parallel: str = "ddp"  # how ranks share the model: ddp: each holds all of it | fsdp: each holds 1/N (FSDP2)
     checkpointing: bool = False  # recompute a block's activations in the backward pass: less memory, a third more time
     energy: str = "auto"  # wall clock: auto: measured where it can be (devices.py) | model: idle_kw and train_kw
@@ -426,7 +428,7 @@ def _check(cfg: Config) -> None:
         if not name.replace("_", "").isalnum():
             raise BadInput(f"site name {name!r} must be letters, digits and underscores")
         for key in ("tokens_per_s", "train_kw", "device_batch", "ranks", "threads_local", "threads_federated"):
-            if site[key] <= 0:
+            if site[key] is not None and site[key] <= 0:
                 raise BadInput(f"sites.{name}.{key}={site[key]} must be > 0")
         for key, allowed in (("parallel", ("ddp", "fsdp")), ("energy", ("auto", "model"))):
             if site[key] not in allowed:
@@ -441,8 +443,12 @@ def _check(cfg: Config) -> None:
                            f"at tokens_per_s={site.tokens_per_s:g}; lower data.tokens_per_step, or make rounds longer")  # fmt: skip
         if site.provision:
             _check_provision(provision_of(cfg, name), f"sites.{name}.provision")
-        if (per_step // seq_len) % site.ranks:
-            raise BadInput(f"sites.{name}.ranks={site.ranks} must divide the {per_step // seq_len} rows of a step")
+        if (per_step // seq_len) % num_ranks(site):
+            raise BadInput(f"sites.{name}.ranks={site.ranks} must divide the {per_step // seq_len} rows of a step, "
+                           f"data.tokens_per_step={per_step} / model.seq_len={seq_len}; take fewer ranks")  # fmt: skip
+        if site.parallel == "fsdp" and num_ranks(site) == 1:
+            raise BadInput(f"sites.{name}.parallel=fsdp cuts the model over at least 2 ranks, sites.{name}.ranks={site.ranks}; "
+                           f"say sites.{name}.ranks=N, or parallel=ddp")  # fmt: skip
     if cfg.sync.wire == "auto" and cfg.clock.mode == "virtual" and cfg.sync.link_gbit is None:
         raise BadInput("sync.wire=auto on the virtual clock: nothing is measured there; set sync.link_gbit, or fp32, bf16 or int8")
     if not 0 < cfg.policy.percentile <= 100:
@@ -587,6 +593,11 @@ def num_batches(cfg: Config) -> int:
     return cfg.budget.tokens // cfg.data.tokens_per_step
 
 
+def num_ranks(site: Site) -> int:
+    """Ranks of a site's job, where nobody starts it by hand."""
+    return site.ranks or 1
+
+
 def step_s(cfg: Config, site: str) -> float:
     """Seconds a step takes at a site, by its configured rate."""
     return cfg.data.tokens_per_step / cfg.sites[site].tokens_per_s
@@ -650,7 +661,10 @@ def command(main) -> None:
     try:
         code = main(sys.argv[1:])
     except BadInput as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("LOCAL_RANK", 0)):  # torchrun: one line a node, from its first rank
+            time.sleep(SPEAKER_S)
+        else:
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
         code = 130

@@ -141,7 +141,9 @@ def main(argv: list[str]) -> int:
     def start_site(name: str) -> None:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         logs[name] = open(run_dir / "logs" / f"{name}.log", "a")
-        children[name] = start(provision.site_command(again, name, cfg.sites[name].ranks), env, stdout=logs[name], stderr=logs[name])
+        children[name] = start(
+            provision.site_command(again, name, config.num_ranks(cfg.sites[name])), env, stdout=logs[name], stderr=logs[name]
+        )
 
     try:
         code, restarts, coordinator = None, Restarts(), [sys.executable, str(HERE / "coordinator.py")]

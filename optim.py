@@ -7,7 +7,7 @@ shape, not in digits. How several ranks share its work is parallel.py's.
 The outer step, which joins sites, lives in sync.py: it is part of the protocol.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +17,7 @@ from parallel import Muon, Ranks, SharedMuon, is_cut, like, local
 ADAM_EPS = 1e-10  # nanochat; torch's 1e-8 is not small beside its tiny second moments
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """What the schedule says at one position of the run."""
 
     lr_scale: float

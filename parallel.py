@@ -1,8 +1,9 @@
-"""The ranks of one site: what rank 0 tells the others, and how they hold one model together.
+"""The ranks of one site: how rank 0 reaches the others, and how they hold one model together.
 
 torchrun starts them (`--nproc_per_node`, `--nnodes`); each trains its rows of every batch. Rank 0 alone speaks to the
 coordinator and holds theta as a flat CPU vector (replica.py); this file takes that vector to every rank's parameters and
-back. Small words go over gloo on the CPU, so that they wait for no GPU; gradients and parameters over NCCL on GPUs.
+back. What the ranks do, and on whose word, is shard.py's. Words go over gloo on the CPU, so that they wait for no GPU;
+gradients and parameters over NCCL on GPUs.
 
     ddp     every rank holds the whole model; gradients are averaged while the backward pass runs
     fsdp    every rank holds 1/N of every parameter, gradient and optimizer state (FSDP2, block by block)
@@ -12,7 +13,7 @@ Either way Muon's work is divided by matrices (SharedMuon).
 
 import json
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -26,8 +27,8 @@ from model import GPT, compile_
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
 WORD_BYTES = 4096  # what one broadcast carries; longer words take a second one
-TIMEOUT = timedelta(hours=2)  # of one collective: the others wait while rank 0 downloads or averages over a slow link
-PULSE_S = 60.0  # an idle rank 0 has something to say at least so often
+WORD_TIMEOUT = timedelta(days=1)  # the others wait for rank 0's next word while it downloads, or averages over a slow link
+STEP_TIMEOUT = timedelta(minutes=30)  # of what all ranks are about to do; the first step may have to wait for compilers
 
 
 class Ranks:
@@ -44,30 +45,37 @@ class Ranks:
         self.device = torch.device(kind if ":" in kind or kind == "cpu" else f"{kind}:{local}")
         self.node_devices = [self.device] if ":" in kind or kind == "cpu" else [torch.device(kind, i) for i in range(on_node)]
         if self.device.type == "cuda":
-            if self.device.index >= torch.cuda.device_count():
-                raise BadInput(f"device={kind}: torch sees {torch.cuda.device_count()} GPUs here, and rank {local} of this node wants "
-                               f"GPU {self.device.index}; start fewer ranks, or set sites.NAME.device=cpu")  # fmt: skip
+            if (last := self.node_devices[-1].index) >= torch.cuda.device_count():
+                raise BadInput(f"device={kind}: torch sees {torch.cuda.device_count()} GPUs here, and rank {last} of this node wants "
+                               f"GPU {last}; start fewer ranks, or set sites.NAME.device=cpu")  # fmt: skip
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
+            self._words = dist.new_group(backend="gloo", timeout=WORD_TIMEOUT)
 
-    def agree(self, value):
-        """Rank 0's value on every rank, as JSON."""
+    def tell(self, word, timeout: timedelta = WORD_TIMEOUT) -> None:
+        """Rank 0: say a word, any JSON, to the others, who `hear` it. Raises RuntimeError if one of them is gone, or does not hear
+        it in time."""
+        assert self.rank == 0, "only rank 0 has a say"
         if self.size == 1:
-            return value
-        data = json.dumps(value).encode() if self.rank == 0 else b""
-        word = torch.zeros(WORD_BYTES, dtype=torch.uint8)
-        if self.rank == 0:
-            first = len(data).to_bytes(8, "little") + data[: WORD_BYTES - 8]
-            word[: len(first)] = torch.frombuffer(bytearray(first), dtype=torch.uint8)
-        dist.broadcast(word, 0)
-        first = bytes(word.numpy())
+            return
+        data = json.dumps(word).encode()
+        first = len(data).to_bytes(8, "little") + data[: WORD_BYTES - 8]
+        self._pass_on(torch.frombuffer(bytearray(first.ljust(WORD_BYTES, b"\0")), dtype=torch.uint8), timeout)
+        if len(data) > WORD_BYTES - 8:
+            self._pass_on(torch.frombuffer(bytearray(data[WORD_BYTES - 8 :]), dtype=torch.uint8), timeout)
+
+    def hear(self):
+        """The other ranks: the next word of rank 0, however long it takes. Raises RuntimeError if rank 0 is gone."""
+        first = self._pass_on(torch.zeros(WORD_BYTES, dtype=torch.uint8))
         size = int.from_bytes(first[:8], "little")
-        if size > WORD_BYTES - 8:
-            rest = torch.frombuffer(bytearray(data[WORD_BYTES - 8 :] or size - WORD_BYTES + 8), dtype=torch.uint8)
-            dist.broadcast(rest, 0)
-            first += bytes(rest.numpy())
-        return json.loads(first[8 : 8 + size])
+        more = size - (WORD_BYTES - 8)
+        rest = self._pass_on(torch.zeros(more, dtype=torch.uint8)) if more > 0 else b""
+        return json.loads((first[8:] + rest)[:size])
+
+    def _pass_on(self, data: Tensor, timeout: timedelta = WORD_TIMEOUT) -> bytes:
+        dist.broadcast(data, 0, group=self._words, async_op=True).wait(timeout)
+        return bytes(data.numpy())
 
     def sum(self, values: list[float]) -> list[float]:
         """Numbers on the CPU added up over the ranks, in double precision, the same on all."""
@@ -80,16 +88,17 @@ class Ranks:
     def all(self, yes: bool) -> bool:
         return self.sum([not yes])[0] == 0
 
-    def share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rank 0's named tensors on every rank, on the device."""
+    def share(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Rank 0's named tensors on every rank, on the device; the others give None."""
         if self.size == 1:
             return tensors
-        kinds = self.agree([[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()])
-        out = {}
-        for name, shape, dtype in kinds:
-            there = tensors[name] if self.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
-            out[name] = there.to(self.device)
-            dist.broadcast(out[name], 0)
+        if tensors is not None:
+            self.tell([[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()])
+        else:
+            tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape, dtype in self.hear()}
+        out = {name: t.to(self.device) for name, t in tensors.items()}
+        for t in out.values():
+            dist.broadcast(t, 0)
         return out
 
     def mean_(self, x: Tensor) -> Tensor:
@@ -101,20 +110,21 @@ class Ranks:
 
 
 class Held:
-    """The model as this rank holds it, in parameters that an optimizer can step."""
+    """The model as this rank holds it, in parameters that an optimizer can step.
+
+    flat: the vector in which the parameters live, where they are whole and on the CPU: reading and writing it costs nothing. Else
+    None, and `read` and `write` copy. Both are collectives: rank 0 gives its vector, the others None.
+    """
 
     def __init__(self, model: GPT, ranks: Ranks, parallel: str = "ddp", dtype: str = "float32", compiled: bool = False,
                  checkpointing: bool = False):  # fmt: skip
-        self.model, self.ranks, self.flat = model.to(ranks.device), ranks, sync.Flat(model)
+        self.model, self.ranks, self.layout = model.to(ranks.device), ranks, sync.Flat(model)
         self.sharded = ranks.size > 1 and parallel == "fsdp"
         self.dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-        self.vector: Tensor | None = None  # theta_i, flat, on the CPU; rank 0's, or the very parameters (`adopted`)
-        self.adopted = ranks.device.type == "cpu" and not self.sharded
-        if self.adopted:
-            self.vector = self.flat.read(model)
-            self.flat.adopt(model, self.vector)
-        elif ranks.rank == 0:
-            self.vector = torch.zeros(self.flat.numel, pin_memory=ranks.device.type == "cuda")
+        self.flat: Tensor | None = None
+        if ranks.device.type == "cpu" and not self.sharded:
+            self.flat = self.layout.read(model)
+            self.layout.adopt(model, self.flat)
         model.checkpointing = checkpointing
         if compiled:
             compile_(model)
@@ -154,31 +164,35 @@ class Held:
 
     # -- flat vectors -------------------------------------------------------------------------------------------------
 
-    def read(self) -> None:
-        """All parameters into `vector` at rank 0. A collective under FSDP."""
-        if self.adopted or (self.ranks.rank and not self.sharded):
+    def new_vector(self) -> Tensor:
+        """For rank 0: a flat fp32 CPU vector of all parameters, or the very one in which they live."""
+        return torch.zeros(self.layout.numel, pin_memory=self.ranks.device.type == "cuda") if self.flat is None else self.flat
+
+    def read(self, into: Tensor | None) -> None:
+        """All parameters into rank 0's vector."""
+        if self.flat is not None or (into is None and not self.sharded):
             return
         at = 0
-        for (_, _, n), p in zip(self.flat.items, self.model.parameters()):
+        for (_, _, n), p in zip(self.layout.items, self.model.parameters()):
             whole = p.full_tensor() if self.sharded else p
-            if self.ranks.rank == 0:
-                self.vector[at : at + n].copy_(whole.detach().reshape(-1), non_blocking=True)
+            if into is not None:
+                into[at : at + n].copy_(whole.detach().reshape(-1), non_blocking=True)
             at += n
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
     @torch.no_grad()
-    def write(self) -> None:
-        """Rank 0's `vector` into the parameters of all ranks. A collective."""
-        if self.adopted:
+    def write(self, vector: Tensor | None) -> None:
+        """Rank 0's vector into the parameters of all ranks."""
+        if self.flat is not None:
             if self.ranks.size > 1:
-                dist.broadcast(self.vector, 0)
+                dist.broadcast(self.flat, 0)
             return
         at = 0
-        for (_, shape, n), p in zip(self.flat.items, self.model.parameters()):
+        for (_, shape, n), p in zip(self.layout.items, self.model.parameters()):
             whole = torch.empty(shape, device=self.ranks.device) if self.sharded else p.data
-            if self.ranks.rank == 0:
-                whole.copy_(self.vector[at : at + n].view(shape), non_blocking=True)
+            if vector is not None:
+                whole.copy_(vector[at : at + n].view(shape), non_blocking=True)
             if self.ranks.size > 1:
                 dist.broadcast(whole, 0)
             if self.sharded:
@@ -187,14 +201,15 @@ class Held:
                     p.to_local().copy_(mine[self.ranks.rank])
             at += n
         if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()  # `vector` may change now
+            torch.cuda.synchronize()  # rank 0's vector may change now
 
-    @contextmanager
-    def elsewhere(self):
-        """For a while the parameters may be anything; then they are what they were."""
-        moved = [local(p).clone() for p in self.model.parameters()]
-        yield
-        for p, was in zip(self.model.parameters(), moved):
+    def copy(self) -> list[Tensor]:
+        """This rank's parameters as they are."""
+        return [local(p).clone() for p in self.model.parameters()]
+
+    @torch.no_grad()
+    def put_back(self, copied: list[Tensor]) -> None:
+        for p, was in zip(self.model.parameters(), copied):
             local(p).copy_(was)
 
 

@@ -414,12 +414,12 @@ def on_demand(cfg) -> list[str]:
 def cluster_of(cfg, site: str, run_id: str, address: str):
     p, folder, run_dir = config.provision_of(cfg, site), Path.cwd(), Path.cwd() / config.run_dir(cfg)
     host, _, port = address.rpartition(":")
-    file = str(run_dir / "config.yaml")
+    file, ranks = str(run_dir / "config.yaml"), config.num_ranks(cfg.sites[site])
     values = {
-        "site": site, "region": cfg.sites[site].region, "run": cfg.run, "job": job_name(run_id, site), "ranks": str(cfg.sites[site].ranks),
+        "site": site, "region": cfg.sites[site].region, "run": cfg.run, "job": job_name(run_id, site), "ranks": str(ranks),
         "address": address, "host": host, "port": port, "folder": str(folder), "repo": str(HERE),
         "python": sys.executable, "config": file, "keys": str(run_dir / "keys"), "log": str(run_dir / "logs" / f"{site}.log"),
-        "train": shlex.join(site_command([file], site, cfg.sites[site].ranks)),
+        "train": shlex.join(site_command([file], site, ranks)),
     }  # fmt: skip
     if p.mode == "local":
         return Local(values, p, sum(config.provision_of(cfg, s).mode == "local" for s in cfg.sites) == 1)

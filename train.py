@@ -8,18 +8,18 @@ train a round, to average it with others, to drop everything. Read `main` first:
     next_round()  blocks while our grid is not curtailed            inner_step()  one batch, Muon and AdamW
     freeze()      hold still, report tokens and finiteness          agree()       average, vote, commit, outer step
 
-Several ranks (torchrun --nproc_per_node=N, --nnodes=M) share a batch by rows (parallel.py); rank 0 speaks for the site and
-tells the others. A step is queued, not awaited: its loss is read when the next one is under way.
+Several ranks (torchrun --nproc_per_node=N, --nnodes=M) share a batch by rows. Only rank 0 runs what is below: it speaks for the
+site, and what it does with its shard (shard.py), the others do too. A step is queued, not awaited: its loss is read when the
+next one is under way.
 When the coordinator cannot be heard we work off our lease and then hold still, for at most rounds.max_offline_s; when it is
-back it learns from our hello where we stand. SIGTERM: we freeze, take part in one last average, and go.
+back it learns from our hello where we stand. SIGTERM or Ctrl-C: we freeze, take part in one last average, and go.
 
-What we hold (theta, inner state, files) is replica.py's, the socket channel.py's. What listens: torchrun's own store
-(see README); this file only connects outwards, gloo binds sync.interface.
+theta and its way to the coordinator are replica.py's, the socket channel.py's. What listens: torchrun's own store (see
+README); this file only connects outwards, gloo binds sync.interface.
 """
 
 import ctypes
 import math
-import os
 import queue
 import signal
 import sys
@@ -35,14 +35,13 @@ import sync
 from carbon import charged, energy_kwh
 from channel import ChannelError, ChannelStore, Link
 from config import BadInput
-from data import Corpus, Feed, split_rows
-from devices import Meter, peak_flops
-from model import flops_per_token, shape_of
+from data import split_rows
 from optim import schedule
-from parallel import PULSE_S, Ranks
 from replica import Mismatch, Replica
+from shard import Shard, brief
 
 LEAVE_S = 20.0  # after SIGTERM: less than the 30 s torchrun grants
+PULSE_S = 2.0  # the other ranks hear from us this often, and can say that they were asked to go
 
 
 class Over(Exception):
@@ -93,8 +92,12 @@ def main(argv: list[str]) -> int:
     cfg = config.load(argv)
     if cfg.site is None:
         raise BadInput(f"site= is missing; say which one this is: {', '.join(cfg.sites)}")
-    site = Site(cfg)
+    shard = Shard(cfg)
+    if shard.ranks.rank:
+        shard.follow()  # to the end
+    site = Site(cfg, shard)
     try:
+        site.join()
         while True:
             plan = site.next_round()  # blocks while our grid is not curtailed
             while site.may_step(plan):  # until the round's end, our lease's end, or a word from the coordinator
@@ -109,53 +112,51 @@ def main(argv: list[str]) -> int:
         return site.leave(str(over), over.code)
     except Mismatch as error:
         return site.leave(str(error), config.EXIT_FAILED)
+    except BadInput as error:
+        return site.leave(str(error), config.EXIT_BAD_INPUT)
     except BaseException as error:
-        site.leave(f"{type(error).__name__}: {error}", config.EXIT_FAILED)
+        site.leave(f"{type(error).__name__}: {brief(error)}", config.EXIT_FAILED)
         raise
 
 
 class Site:
-    def __init__(self, cfg):
-        self.cfg, self.name, self.spec = cfg, cfg.site, cfg.sites[cfg.site]
+    """A site, as its rank 0 sees it."""
+
+    def __init__(self, cfg, shard: Shard):
+        self.cfg, self.name, self.spec, self.shard = cfg, cfg.site, cfg.sites[cfg.site], shard
         self.virtual = cfg.clock.mode == "virtual"
-        self.corpus = Corpus(cfg)
-        try:
-            shape = shape_of(cfg.model, self.corpus.vocab)
-        except ValueError as error:
-            raise BadInput(str(error)) from None
-        self.ranks = Ranks(self.spec.device, self.corpus.rows)
-        self.rank, self.device = self.ranks.rank, self.ranks.device
-        self.feed = Feed(self.corpus, self.rank, self.ranks.size, self.device)
-        self.meter = Meter(self.ranks.node_devices, "model" if self.virtual else self.spec.energy) if self.ranks.leads_node else None
-        self.measured = self.ranks.all(self.meter is None or self.meter.method != "model")
-        peak = peak_flops(self.device, cfg.model.dtype, self.spec.peak_tflops)
-        self.mfu_per_rate = flops_per_token(shape) / (peak * self.ranks.size) if peak else None  # per token/s
         self.queued: Step | None = None
         self.frozen_at = 0.0  # monotonic; 0: no sync behind us
         self.excused_s = 0.0  # since then: evaluation, and waiting for slower members
         self.stall_s: float | None = None
         self.link: Link | None = None
         self.leaving_since = 0.0  # monotonic; 0: nobody asked us to go
+        self.leaving_code = config.EXIT_DONE
+        self.pulsed = 0.0  # monotonic: when the other ranks last heard from us for no other reason
         self.looked = 0.0  # monotonic: when we last looked whether the coordinator has moved
         self.status = {"held": -1, "round": -1, "open_s": 0.0, "phase": "idle", "steps": 0, "finite": True, "attempt": 0, "vote": "",
                        "unstored": {}}  # fmt: skip
         self.panel: report.Panel | None = None
-        run_id = self._join() if self.rank == 0 else ""
-        folder = config.run_dir(cfg) / "sites" / self.name
-        self.replica = Replica(cfg, shape, self.ranks, self.link, folder, self.ranks.agree(run_id))
-        self.note()
-        signal.signal(signal.SIGTERM, self._asked_to_leave if self.rank == 0 else signal.SIG_IGN)  # the others follow rank 0
+        self.replica: Replica | None = None
 
     # -- joining and leaving ------------------------------------------------------------------------------------------
+
+    def join(self) -> None:
+        """Find our place in the run."""
+        run_id = self._join()
+        self.replica = Replica(self.cfg, self.shard, self.link, run_id)
+        self.note()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
 
     def _join(self) -> str:
         """Say hello until the coordinator welcomes us (returns the run's id) or refuses us (raises BadInput)."""
         cfg, started = self.cfg, time.monotonic()
         until = started + cfg.rounds.rejoin_wait_s
         hello = {"type": "hello", "site": self.name, "incarnation": uuid.uuid4().hex[:12],
-                 "config digest": config.train_digest(cfg), "corpus digest": self.corpus.digest,
-                 "tokenizer digest": self.corpus.tokenizer_digest, "versions": config.versions(),
-                 "device": str(self.device), "ranks": self.ranks.size}  # fmt: skip
+                 "config digest": config.train_digest(cfg), "corpus digest": self.shard.corpus.digest,
+                 "tokenizer digest": self.shard.corpus.tokenizer_digest, "versions": config.versions(),
+                 "device": str(self.shard.device), "ranks": self.shard.ranks.size}  # fmt: skip
         reason, busy, address, keys = "nothing answers", False, None, config.run_dir(cfg) / "keys"
         while time.monotonic() < until:
             address = self._address()
@@ -189,34 +190,37 @@ class Site:
         return (folder / "address").read_text().strip() if there else None
 
     def leave(self, reason: str, code: int) -> int:
-        """Say goodbye, close everything; returns the exit code."""
+        """Say goodbye, close everything, end the other ranks (and this process with them); returns the exit code."""
         if self.link:
-            self.replica.settle()
-            last = self.energy() if self.ranks.num_nodes == 1 else {}  # the others may be gone
+            if self.replica:
+                self.replica.settle()
+            last = self.energy() if self.shard.ranks.num_nodes == 1 else {}  # the others may be gone
             self.link.send({"type": "bye", "reason": reason} | last)
             self.link.close()
         if self.panel:
             self.panel.finish({})
         if code not in (config.EXIT_DONE, config.EXIT_BUDGET_LEFT):
-            print(f"{self.name}: {reason}", file=sys.stderr, flush=True)
-        if self.ranks.size > 1:  # a process that lost a gloo peer can abort in its exit handlers
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            who = "train.py" if code == config.EXIT_BAD_INPUT else self.name
+            print(f"{who}: {reason}", file=sys.stderr, flush=True)
+        self.shard.leave(code)
         return code
 
     # -- being told ---------------------------------------------------------------------------------------------------
 
     def wait(self) -> dict:
-        """The coordinator's next command, however long it takes. The other ranks hear from rank 0 every PULSE_S."""
+        """The coordinator's next command, however long it takes."""
         while not (c := self.command(PULSE_S)):
             pass
         return c
 
     def command(self, wait_s: float) -> dict | None:
-        """The coordinator's next command, the same on all ranks; None if there is none within wait_s seconds. Raises Over when
-        the run ends, we are to go, or the coordinator has been silent for too long."""
-        c = self.ranks.agree(self._command(wait_s) if self.rank == 0 else None)
+        """The coordinator's next command; None if there is none within wait_s seconds. Raises Over when the run ends, we are to go, or
+        the coordinator has been silent for too long."""
+        if time.monotonic() - self.pulsed >= PULSE_S:
+            self.pulsed = time.monotonic()
+            if self.shard.pulse():
+                self._asked_to_leave(signal.SIGTERM)
+        c = self._command(wait_s)
         if c and c["type"] in ("end", "refused"):
             code = c.get("code", config.EXIT_FAILED)
             raise Over(c["reason"], config.EXIT_FAILED if code == config.EXIT_BAD_INPUT else code)
@@ -230,7 +234,7 @@ class Site:
             except queue.Empty:
                 c = self._patience()
             if c and c["type"] == "drop" and self.leaving_since:
-                return {"type": "end", "code": config.EXIT_DONE, "reason": "asked to stop"}
+                return {"type": "end", "code": self.leaving_code, "reason": "asked to stop"}
             if c or time.monotonic() >= until:
                 return c
 
@@ -245,16 +249,24 @@ class Site:
             return {"type": "end", "reason": f"the coordinator has not been heard for rounds.max_offline_s={limit_s:g} s; "
                     "start it again, then this site: both resume"}  # fmt: skip
         if self.leaving_since and (now - self.leaving_since > LEAVE_S or silent_s > self.cfg.sync.dead_s):
-            return {"type": "end", "code": config.EXIT_DONE, "reason": "asked to stop"}
+            return {"type": "end", "code": self.leaving_code, "reason": "asked to stop"}
         return None
 
-    def _asked_to_leave(self, number, frame) -> None:
-        """SIGTERM. On the virtual clock a round cannot be cut short: we go at once."""
+    def _on_signal(self, number, frame) -> None:
+        """SIGTERM, or Ctrl-C; a second Ctrl-C does not wait for anything."""
+        if number == signal.SIGINT and self.leaving_since:
+            raise KeyboardInterrupt
+        self._asked_to_leave(number)
+
+    def _asked_to_leave(self, number: int) -> None:
+        """On the virtual clock a round cannot be cut short: we go at once."""
+        self.leaving_code = 130 if number == signal.SIGINT else config.EXIT_DONE
+        name = signal.Signals(number).name
         if self.virtual:
-            raise Over("asked to stop (SIGTERM)", config.EXIT_DONE)
+            raise Over(f"asked to stop ({name})", self.leaving_code)
         if not self.leaving_since:
             self.leaving_since = time.monotonic()
-            self.link.send({"type": "leaving", "reason": "SIGTERM"})
+            self.link.send({"type": "leaving", "reason": name})
 
     def note(self, **changes) -> None:
         """Where we stand, for the next hello."""
@@ -263,21 +275,13 @@ class Site:
             self.link.status = self.status
 
     def tell(self, **report_) -> None:
-        """A report to the coordinator, from rank 0."""
-        if self.rank == 0:
-            self.link.send(report_)
+        """A report to the coordinator."""
+        self.link.send(report_)
 
     def energy(self) -> dict:
-        """What the site has drawn since it started, for a report; nothing where that is not measured. With several nodes, all ranks
-        must ask at the same time."""
-        if not self.measured:
-            return {}
-        joules = self.meter.joules() if self.meter else 0.0
-        if self.ranks.num_nodes > 1:
-            (joules,) = self.ranks.sum([math.nan if joules is None else joules])
-        if self.rank or joules is None or math.isnan(joules):  # a counter that cannot be read just now
-            return {}
-        return {"energy": {"kwh": joules / 3.6e6, "method": self.meter.method}}
+        """What the site has drawn since it started, for a report; nothing where that is not measured."""
+        joules = self.shard.joules()
+        return {} if joules is None else {"energy": {"kwh": joules / 3.6e6, "method": self.shard.meter.method}}
 
     def next_round(self) -> Plan:
         """Follow the coordinator until it opens a round for us."""
@@ -294,7 +298,7 @@ class Site:
                 self.note(round=-1, phase="idle", vote="", unstored={})
             elif c["type"] == "evaluate" or (c["type"] == "commit" and c["eval"] and c["round"] + 1 == held):
                 self.evaluate(c)
-            elif c["type"] in ("open", "freeze", "attempt") and self.rank == 0:  # not of the state we hold
+            elif c["type"] in ("open", "freeze", "attempt"):  # not of the state we hold
                 self.link.greet()
             else:
                 self._common(c)
@@ -312,15 +316,15 @@ class Site:
         return False
 
     def fetch(self, c: dict) -> None:
-        fresh = self.replica.inner is None
+        fresh = self.shard.inner is None
         if before := self.energy():  # from here on the download is measured, too
             self.tell(type="meter", **before)
-        if not self.ranks.agree(self.replica.download(c["round"], c["numel"], c["digest"])):
+        if not self.replica.download(c["round"], c["numel"], c["digest"]):
             self.note(round=-1, phase="idle")
             self.tell(type="again")
             return
         kept = self.replica.take(c["round"], c["own_disk"])
-        if self.rank == 0 and fresh:
+        if fresh:
             self.panel.rewind(c["rewind"])
             if kept:
                 print(f"{self.name:15} | inner optimizer state of round {c['round']} found on own disk", flush=True)
@@ -329,8 +333,8 @@ class Site:
 
     def _plan(self, c: dict) -> Plan:
         if self.cfg.rounds.inner_state == "reset":
-            self.replica.new_inner()
-        torch.set_num_threads(self.spec.threads_local if c["mode"] == "local" else self.spec.threads_federated)
+            self.shard.new_inner()
+        self.shard.threads(self.spec.threads_local if c["mode"] == "local" else self.spec.threads_federated)
         together = self.cfg.rounds.lr_position == "global"
         ratio = c["rate_ratio"] if together else 1.0
         splits = c["num_members"] if self.cfg.rounds.split_steps else 1
@@ -349,7 +353,7 @@ class Site:
             return not plan.stop and plan.done < plan.steps
         while not plan.stop and (c := self.command(0.0)):
             self._in_round(plan, c)
-        late = plan.stop or self.ranks.agree(time.monotonic() - plan.started >= plan.train_for_s)
+        late = time.monotonic() - plan.started >= plan.train_for_s
         if not plan.stop and not late and plan.done == len(plan.batches):
             while plan.done == len(plan.batches) and not plan.stop:
                 self.tell(type="more", round=plan.round, open_s=plan.open_s, known=len(plan.batches))
@@ -403,17 +407,12 @@ class Site:
         """
         if plan.done == 0 and self.frozen_at:
             self.stall_s = time.monotonic() - self.frozen_at - self.excused_s
-        cfg, inner, total = self.cfg, self.replica.inner, 0.0
-        ids, targets = self.feed.take(batch_id, plan.batches[plan.done + 1 : plan.done + 2])
-        rows = len(ids)
+        cfg, rows, parts = self.cfg, self.shard.rows, []
         for first, stop in split_rows(rows, plan.splits):
             position = self.position(plan, first / rows)
-            inner.set(schedule(position, cfg.budget.tokens, cfg.data.tokens_per_step, cfg.optim))
-            loss = self.replica.held.gradient(ids[first:stop], targets[first:stop], self.spec.device_batch)
-            inner.step()
-            inner.zero_grad()
-            total += loss * ((stop - first) / rows)
-        return total
+            point = schedule(position, cfg.budget.tokens, cfg.data.tokens_per_step, cfg.optim)
+            parts.append([first, stop, *point])
+        return self.shard.step(batch_id, plan.batches[plan.done + 1 : plan.done + 2], parts)
 
     # -- the outer step -----------------------------------------------------------------------------------------------
 
@@ -428,7 +427,7 @@ class Site:
         if not finite:  # from theta again, with an optimizer that has not seen this
             plan.done = 0
             self.replica.restore()
-            self.replica.new_inner()
+            self.shard.new_inner()
         self.note(phase="frozen", steps=plan.done, finite=finite)
         self.tell(type="frozen", round=plan.round, open_s=plan.open_s, steps=plan.done, finite=finite,
                   bad_step=plan.bad_step or steps, train_s=train_s, **self.energy())  # fmt: skip
@@ -448,11 +447,10 @@ class Site:
             ours = c.get("round") == plan.round
             if c["type"] == "attempt" and ours:
                 self.excused_s += c["waited_s"]
-                if self.rank == 0:
-                    self._reduce_and_vote(plan, c)
-            elif c["type"] == "give" and ours and self.rank == 0:
+                self._reduce_and_vote(plan, c)
+            elif c["type"] == "give" and ours:
                 self.replica.give(c["attempt"], c["digest"])
-            elif c["type"] == "take" and ours and self.rank == 0:
+            elif c["type"] == "take" and ours:
                 if self.replica.receive(c["digest"]):
                     self._vote(c, c["digest"])
             elif c["type"] == "commit" and ours:
@@ -487,7 +485,7 @@ class Site:
             digest = self.replica.average(c["weight"], peers, c["wire"], stepped=plan.done > 0)
         except (RuntimeError, ChannelError) as error:
             peers = group = None  # closes its sockets: the other survivors stop waiting, too
-            self.tell(type="failed", round=round_, attempt=number, reason=(str(error).splitlines() or ["?"])[0])
+            self.tell(type="failed", round=round_, attempt=number, reason=brief(error))
             return
         self._vote(c, digest, bytes_per_s=self.replica.averager.rate, took_s=self.replica.averager.took_s)
 
@@ -497,33 +495,22 @@ class Site:
 
     def _apply(self, c: dict) -> None:
         """The outer step, only with what was committed."""
-        if self.rank == 0 and c["digest"] != self.status["vote"]:
+        if c["digest"] != self.status["vote"]:
             raise Mismatch(f"round {c['round']} was committed with digest {c['digest'][:12]}, ours is {self.status['vote'][:12]}")
         made = c["round"] + 1
         self.replica.apply(c["digest"], lambda theta, m: self.tell(type="applied", round=made, digest_theta=theta, digest_m=m))
         self.note(phase="idle")
-        if c["send"] and self.rank == 0:
+        if c["send"]:
             self.replica.upload({"delta": self.replica.averager.agreed})
         if c["eval"]:
             self.evaluate(c)
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(self, c: dict) -> None:
-        """Validation loss (nats per token) and bits per byte (separators left out) of the model we hold, each rank a share of it."""
+        """Validation loss (nats per token) and bits per byte (separators left out) of the model we hold."""
         began, last = time.monotonic(), c["type"] == "evaluate"
-        tokens = self.cfg.data.val_tokens if last else self.cfg.eval.tokens
-        sums = [0.0] * 4  # nats, tokens; nats of tokens that are text, their bytes
-        for counts, (ids, targets) in self.corpus.validation(tokens, self.spec.device_batch, self.rank, self.ranks.size):
-            with self.replica.held.autocast():
-                losses = self.replica.held.model(ids.to(self.device), targets.to(self.device), reduction="none")
-            if counts:  # under FSDP a rank that has no more rows goes on with the others
-                losses, width = losses.double().cpu().flatten(), self.corpus.token_bytes[targets.flatten()]
-                text = width > 0
-                parts = losses.sum().item(), losses.numel(), losses[text].sum().item(), width.sum().item()
-                sums = [a + b for a, b in zip(sums, parts)]
-        nats, count, byte_nats, num_bytes = self.ranks.sum(sums)
+        nats, count, byte_nats, num_bytes = self.shard.evaluate(self.cfg.data.val_tokens if last else self.cfg.eval.tokens)
         self.excused_s += time.monotonic() - began
         round_ = c["round"] if last else c["round"] + 1
         self.tell(type="eval", round=round_, val_loss=nats / count, val_bpb=byte_nats / math.log(2) / num_bytes,
@@ -532,8 +519,8 @@ class Site:
     def log_step(self, plan: Plan, batch_id: int, loss: torch.Tensor) -> None:
         """Log the step before this one, for on a GPU this one has only been queued."""
         self.read_step()
-        self.queued = Step(plan, plan.done, batch_id, self.position(plan), self.replica.inner.matrices["lr"], loss)
-        if self.device.type == "cpu":
+        self.queued = Step(plan, plan.done, batch_id, self.position(plan), self.shard.inner.matrices["lr"], loss)
+        if self.shard.device.type == "cpu":
             self.read_step()
 
     def read_step(self) -> None:
@@ -548,8 +535,6 @@ class Site:
         if step.done > 1 and step.done % self.cfg.log.every_steps:
             return
         drawn = self.energy()
-        if self.rank:
-            return
         per_step, kw = self.cfg.data.tokens_per_step, self.spec.train_kw
         elapsed = time.monotonic() - plan.started
         rate = step.done * per_step / elapsed
@@ -560,8 +545,8 @@ class Site:
         emitted_kg, mci = integrate([(t, mci) for t, mci, _ in plan.signal], plan.open_s, t_s, kw)
         paid, price = integrate([(t, price) for t, _, price in plan.signal if price is not None], plan.open_s, t_s, kw)
         wall = {"unix": round(time.time(), 3), "tok_per_s": round(rate, 1)}
-        if self.mfu_per_rate:
-            wall["mfu"] = round(self.mfu_per_rate * rate, 4)
+        if self.shard.mfu_per_rate:
+            wall["mfu"] = round(self.shard.mfu_per_rate * rate, 4)
         if self.stall_s is not None:
             wall["stall_s"], self.stall_s = round(self.stall_s, 4), None
         record = {

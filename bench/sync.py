@@ -100,7 +100,7 @@ def parts_of(site) -> dict:
     a, r, names = site.replica.averager, site.replica, list(site.cfg.sites)
     store = ChannelStore(site.link, "parts", 120.0)
     group = sync.ring_group(store, names.index(site.name), len(names), site.cfg.sync.interface, 600.0)
-    buffer = a.agreed.view(torch.float32)[: r.held.flat.numel] if a.wire == "fp32" else r.theta_i
+    buffer = a.agreed.view(torch.float32)[: r.theta.numel()] if a.wire == "fp32" else r.theta_i
     r.theta_i.copy_(r.theta)
 
     def seconds(work) -> float:

@@ -5,18 +5,26 @@
 PACE_S: seconds added to each step. POINT: where, as below; `none`: nowhere. DEED: kill (default, SIGKILL), stop (SIGSTOP),
 fail (an exception as gloo raises it), sleep (5 s, heartbeats go on). It happens once, when round >= ROUND; the file
 fault-POINT-NAME then holds the moment (unix time).
+
+Ranks other than 0 know no rounds. Their points begin with `rank-`, and ROUND counts how often they come by: rank-OP at the beginning
+of what all ranks do together (shard.TOGETHER), rank-gradient before the gradients are averaged, rank-compile while the model compiles.
+STEP_TIMEOUT_S in the environment: how long the ranks of a site wait for each other in a step.
 """
 
 import os
 import signal
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import coordinator
+import parallel
 import replica
+import shard
 import sync
 import train
 
@@ -51,6 +59,32 @@ def wrap(owner, name: str, before=None, after=None) -> None:
     setattr(owner, name, wrapped)
 
 
+def build_rank(point: str, nth: int, kind: str) -> None:
+    """A fault of a rank other than 0."""
+    count = 0
+
+    def strike(*_):
+        nonlocal count
+        count += 1
+        if once(count, nth):
+            deed(kind)
+
+    def soon(*_):
+        if not MARK.exists():
+            threading.Timer(0.3, strike).start()
+
+    if point == "gradient":
+        wrap(parallel.Held, "gradient", lambda held, ids, *_: held.model(ids) is not None and strike())
+    elif point == "compile":
+        wrap(parallel.Held, "gradient", soon)
+    elif point == "slow":  # every step
+        work = shard.TOGETHER["step"]
+        shard.TOGETHER["step"] = lambda *args: (time.sleep(0.2), work(*args))[1]
+    else:
+        work = shard.TOGETHER[point]
+        shard.TOGETHER[point] = lambda *args: (strike(), work(*args))[1]
+
+
 def build(point: str, round_: int, kind: str) -> None:
     def strike(here):
         if once(here, round_):
@@ -83,7 +117,7 @@ def build(point: str, round_: int, kind: str) -> None:
         wrap(replica.Replica, "_download", lambda r, number, *a: strike(number))
     elif point == "nan":  # the model's numbers leave the finite
         wrap(train.Site, "inner_step", lambda site, plan, b: plan.done == 3 and once(federated(plan), round_)
-             and next(site.replica.held.model.parameters()).data.fill_(float("nan")))  # fmt: skip
+             and next(site.shard.held.model.parameters()).data.fill_(float("nan")))  # fmt: skip
     elif point == "base":  # theta is not what it was
         wrap(replica.Replica, "apply", lambda r, *a: once(r.round, round_) and r.theta[:1].add_(1.0))
     elif point == "corrupt":  # a chunk arrives damaged
@@ -135,7 +169,12 @@ if __name__ == "__main__":
     POINT, number, kind = (where.split(":") + ["0", "kill"][where.count(":") :])[:3] if where != "none" else ("none", "0", "kill")
     name = next((a.removeprefix("site=") for a in argv if a.startswith("site=")), "coordinator")
     MARK = Path(f"fault-{POINT}-{name}")
-    build(POINT, int(number), kind)
+    if POINT.startswith("rank-"):
+        build_rank(POINT.removeprefix("rank-"), int(number), kind)
+    else:
+        build(POINT, int(number), kind)
+    if "STEP_TIMEOUT_S" in os.environ:
+        parallel.STEP_TIMEOUT = timedelta(seconds=float(os.environ["STEP_TIMEOUT_S"]))
     wrap(train.Site, "inner_step", lambda *a: time.sleep(float(pace_s)))
     sys.argv = [script, *argv]
     module = {"train.py": train, "coordinator.py": coordinator}[script]

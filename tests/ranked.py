@@ -44,18 +44,20 @@ def train(ranks: Ranks, parallel: str, matrices: str) -> dict:
             inner.zero_grad()
         return out
 
+    vector = held.new_vector() if ranks.rank == 0 else None
+
     def digest() -> str | None:
-        held.read()
-        return sync.digest(held.vector) if ranks.rank == 0 else None
+        held.read(vector)
+        return sync.digest(vector) if ranks.rank == 0 else None
 
     losses += steps(0, SAVED_AT)
     saved, state = digest(), {name: t.clone() for name, t in inner.tensors().items()}
-    at_saved = held.vector.clone() if held.vector is not None else None
+    at_saved = vector.clone() if ranks.rank == 0 else None
     losses += steps(SAVED_AT, STEPS)
     end = digest()
-    if at_saved is not None:  # back to where we were, by way of the flat vector and the saved state
-        held.vector.copy_(at_saved)
-    held.write()
+    if ranks.rank == 0:  # back to where we were, by way of the flat vector and the saved state
+        vector.copy_(at_saved)
+    held.write(vector)
     back = digest()
     inner = Inner(held.model, optim, ranks)
     inner.load(state)
@@ -68,8 +70,12 @@ if __name__ == "__main__":
     ranks = Ranks("cpu", ROWS)
     kinds = [(p, m) for p in (("ddp", "fsdp") if ranks.size > 1 else ("ddp",)) for m in ("adamw", "muon")]
     result = {f"{p}-{m}": train(ranks, p, m) for p, m in kinds}
-    long = ranks.agree("x" * 10_000 if ranks.rank == 0 else None)  # a word longer than one broadcast
-    assert long == "x" * 10_000 and ranks.sum([1.0, float(ranks.rank)]) == [ranks.size, ranks.size * (ranks.size - 1) / 2]
+    long = "x" * 10_000  # a word longer than one broadcast
+    if ranks.rank == 0:
+        ranks.tell(long)
+    else:
+        assert ranks.hear() == long
+    assert ranks.sum([1.0, float(ranks.rank)]) == [ranks.size, ranks.size * (ranks.size - 1) / 2]
     if ranks.rank == 0:
         print(json.dumps(result), flush=True)
     os._exit(0)  # a process that lost a gloo peer can abort in its exit handlers
