@@ -447,7 +447,7 @@ def _check(cfg: Config) -> None:
             raise BadInput(f"sites.{name}.ranks={site.ranks} must divide the {per_step // seq_len} rows of a step, "
                            f"data.tokens_per_step={per_step} / model.seq_len={seq_len}; take fewer ranks")  # fmt: skip
         if site.parallel == "fsdp" and num_ranks(site) == 1:
-            raise BadInput(f"sites.{name}.parallel=fsdp cuts the model over at least 2 ranks, sites.{name}.ranks={site.ranks}; "
+            raise BadInput(f"sites.{name}.parallel=fsdp cuts the model over at least 2 ranks, sites.{name}.ranks={site.ranks or 'null'}; "
                            f"say sites.{name}.ranks=N, or parallel=ddp")  # fmt: skip
     if cfg.sync.wire == "auto" and cfg.clock.mode == "virtual" and cfg.sync.link_gbit is None:
         raise BadInput("sync.wire=auto on the virtual clock: nothing is measured there; set sync.link_gbit, or fp32, bf16 or int8")

@@ -24,6 +24,7 @@ from functools import wraps
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -89,7 +90,9 @@ class Shard:
             while True:
                 name, args = self.ranks.hear()
                 TOGETHER[name](self, *args)
-        except RuntimeError as error:  # of gloo or NCCL: a peer died
+        except RuntimeError as error:
+            if not lost_a_rank(error):
+                raise
             self._end(config.EXIT_FAILED, f"rank {self.ranks.rank} stops: {brief(error)}")
 
     def _on_signal(self, number, frame) -> None:
@@ -169,7 +172,7 @@ class Shard:
         says there.
         """
         total = 0.0
-        ids, targets = self.feed.take(batch_id, likely_next)
+        ids, targets = self.feed.take(batch_id, likely_next, len(parts))
         for first, stop, *point in parts:
             self.inner.set(Point(*point))
             loss = self.held.gradient(ids[first:stop], targets[first:stop], self.spec.device_batch)
@@ -275,6 +278,11 @@ class Shard:
         parallel = self.spec.parallel if self.ranks.size > 1 else "alone"
         about = {"run_id": run_id, "round": str(round_), "ranks": str(self.ranks.size), "parallel": parallel}
         return about | ({"digest": digest} if digest else {})
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank of the site is gone, or stuck."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def brief(error: BaseException) -> str:

@@ -24,6 +24,7 @@ import queue
 import signal
 import sys
 import time
+import traceback
 import uuid
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ from config import BadInput
 from data import split_rows
 from optim import schedule
 from replica import Mismatch, Replica
-from shard import Shard, brief
+from shard import Shard, brief, lost_a_rank
 
 LEAVE_S = 20.0  # after SIGTERM: less than the 30 s torchrun grants
 PULSE_S = 2.0  # the other ranks hear from us this often, and can say that they were asked to go
@@ -114,9 +115,12 @@ def main(argv: list[str]) -> int:
         return site.leave(str(error), config.EXIT_FAILED)
     except BadInput as error:
         return site.leave(str(error), config.EXIT_BAD_INPUT)
-    except BaseException as error:
-        site.leave(f"{type(error).__name__}: {brief(error)}", config.EXIT_FAILED)
-        raise
+    except KeyboardInterrupt:
+        return site.leave("stopped by Ctrl-C", 130)
+    except Exception as error:
+        if not lost_a_rank(error):
+            traceback.print_exc()
+        return site.leave(f"{type(error).__name__}: {brief(error)}", config.EXIT_FAILED)
 
 
 class Site:

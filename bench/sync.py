@@ -2,6 +2,7 @@
 
     python bench/sync.py --params 124e6 --sites 2 --wire fp32                   on loopback
     python bench/sync.py --params 124e6 --rate 1gbit --wire int8                on links of 1 Gbit/s (Linux, root)
+    python bench/sync.py --params 124e6 --ranks 1,2,4                           sites of so many ranks (torchrun), one after the other
     python bench/sync.py --params 124e6 --flower                                beside Flower, same payload, same machine
 
 Each site is `train.py` whose step only moves its parameters a little; a round is one such step, begun once the state
@@ -10,7 +11,7 @@ the next round's first step. After the rounds, the same processes measure the pa
 at the same time: a bare gloo all-reduce of the parameters, one pass for the delta, the outer step, one digest.
 
 --rate puts every site into a network namespace of its own, behind a veth pair whose both ends are limited by `tc tbf`,
-and removes all that afterwards. Threads: one per site. Memory: the peak of a site's process over its fp32 parameters.
+and removes all that afterwards. Threads: one per rank. Memory: the peak of a rank's process over its fp32 parameters.
 """
 
 import argparse
@@ -47,10 +48,14 @@ PARTS = 5  # measurements of each part
 def as_site(out: Path, rounds: int, argv: list[str]) -> None:
     """train.py, but for its steps."""
     import replica
+    import shard
     import train
 
     records, full = [], []  # full: rounds that all sites were members of
-    spent = dict.fromkeys(("freeze", "average", "apply"), 0.0)  # seconds of the last sync in each
+    spent = dict.fromkeys(("freeze", "average", "apply", "write"), 0.0)  # seconds of the last sync in each
+    if rank := int(os.environ.get("RANK", 0)):
+        end = shard.TOGETHER["end"]
+        shard.TOGETHER["end"] = lambda *args: (Path(f"{out}.{rank}").write_text(json.dumps(peak_bytes())), end(*args))
 
     def step(site, plan, batch) -> torch.Tensor:
         a, r = site.replica.averager, site.replica
@@ -62,8 +67,7 @@ def as_site(out: Path, rounds: int, argv: list[str]) -> None:
             return torch.tensor(1.0)
         full.append(r.round)
         if len(full) > rounds:
-            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            out.write_text(json.dumps({"rounds": records, "peak_bytes": peak} | parts_of(site)))
+            out.write_text(json.dumps({"rounds": records, "peak_bytes": peak_bytes()} | parts_of(site)))
             raise train.Over("measured", config.EXIT_DONE)
         manifest = config.run_dir(site.cfg) / "state" / "manifest.json"
         while max(s["round"] for s in json.loads(manifest.read_text())["states"]) < r.round:
@@ -73,11 +77,17 @@ def as_site(out: Path, rounds: int, argv: list[str]) -> None:
         return torch.tensor(1.0)
 
     train.Site.inner_step = step
-    for name in spent:
+    for name in ("freeze", "average", "apply"):
         timed(replica.Replica, name, spent)
+    timed(shard.Shard, "write", spent)  # theta to all ranks, at the end of `apply`
     sys.argv = ["train.py", *argv]
     train.die_with_parent()
     config.command(train.main)
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def timed(owner, name: str, spent: dict[str, float]) -> None:
@@ -200,7 +210,7 @@ def shape(params: float) -> dict:
     return {"depth": max(1, round((params - 512 * width) / (12 * width * width))), "width": width, "heads": width // 128, "seq_len": 32}
 
 
-def write_config(folder: Path, args) -> list[str]:
+def write_config(folder: Path, args, ranks: int) -> list[str]:
     names = [f"site{i}" for i in range(args.sites)]
     (folder / "trace.csv").write_text("time,grid\n2026-01-01T00:00:00Z,0\n2026-01-02T00:00:00Z,0\n")
     network = {"host": "10.77.0.1", "interface": "sync0", "trusted_network": True} if args.rate else {}
@@ -212,23 +222,27 @@ def write_config(folder: Path, args) -> list[str]:
                    "outer_lr": 0.7, "outer_momentum": 0.9},
         "policy": {"name": "always"}, "carbon": {"trace": str(folder / "trace.csv"), "max_gap_s": 86400.0},
         "sync": {"wire": args.wire, "topology": args.topology, "chunk_mb": args.chunk_mb, "dead_s": 30.0} | network,
-        "sites": {n: {"region": "grid", "tokens_per_s": 1000.0, "idle_kw": 0.1, "train_kw": 0.1, "threads_local": 1} for n in names},
+        "sites": {n: {"region": "grid", "tokens_per_s": 1000.0, "idle_kw": 0.1, "train_kw": 0.1, "threads_local": 1, "ranks": ranks}
+                  for n in names},
         "eval": {"every_rounds": 0}, "wandb": {"mode": "disabled"}, "log": {"every_steps": 1},
     }, folder / "config.yaml")  # fmt: skip
     return names
 
 
-def measure(args, folder: Path) -> dict:
+def measure(args, folder: Path, ranks: int) -> dict:
     """One run in a scratch folder -> what the sites and the coordinator measured."""
-    names = write_config(folder, args)
+    names, launcher = write_config(folder, args, ranks), [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     links = Links(args.rate, args.sites) if args.rate else None
     processes: list[subprocess.Popen] = []
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
     def start(name: str, where: int, *argv: str) -> subprocess.Popen:
         inside = ["ip", "netns", "exec", links.names[where]] if links else []
+        program = [*(launcher if argv[0] == "--site" else [sys.executable]), __file__]
         with open(folder / f"{name}.log", "w") as log:
-            process = subprocess.Popen([*inside, sys.executable, __file__, *argv], cwd=folder, env=env, stdout=log,
+            process = subprocess.Popen([*inside, *program, *argv], cwd=folder, env=env, stdout=log,
                                        stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         processes.append(process)
         return process
@@ -251,6 +265,7 @@ def measure(args, folder: Path) -> dict:
         log = (folder / "coordinator.log").read_text()
         return {
             "sites": [json.loads(path.read_text()) for path in outs.values()],
+            "followers": [json.loads(Path(f"{path}.{rank}").read_text()) for path in outs.values() for rank in range(1, ranks)],
             "gaps": json.loads((folder / "coordinator.json").read_text()),
             "auto": [line.split("|", 1)[1].strip() for line in log.splitlines() if line.startswith("wire ")],
         }
@@ -263,7 +278,7 @@ def measure(args, folder: Path) -> dict:
             links.close()
 
 
-def report(args, found: dict) -> dict:
+def report(args, found: dict, ranks: int) -> dict:
     """The numbers of a run. Stalls: over all rounds and sites but the first round."""
     sites = found["sites"]
     kept = [r for s in sites for r in s["rounds"][1:]]
@@ -277,13 +292,14 @@ def report(args, found: dict) -> dict:
     p50, payload = float(np.percentile(stalls, 50)), 4 * params
     gaps = [g for site in found["gaps"].values() for g in site]
     out = {
-        "params": params, "sites": args.sites, "wire": kept[-1]["wire"], "topology": args.topology, "rate": args.rate,
+        "params": params, "sites": args.sites, "ranks": ranks, "wire": kept[-1]["wire"], "topology": args.topology, "rate": args.rate,
         "outer": args.outer, "chunk_mb": args.chunk_mb, "rounds": len(sites[0]["rounds"]) - 1,
         "stall_s": {"p50": p50, "p95": float(np.percentile(stalls, 95)), "all": [round(x, 4) for x in stalls]},
         **part, "parts_s": sum(part.values()), "stall_over_parts": p50 / sum(part.values()),
-        "spent_s": {name: float(np.median([r[name] for r in kept])) for name in ("freeze", "average", "apply")},
+        "spent_s": {name: float(np.median([r[name] for r in kept])) for name in ("freeze", "average", "apply", "write")},
         "bytes": max(r["bytes"] for r in kept), "gb_per_s": payload / p50 / 1e9,
         "peak_memory": max(s["peak_bytes"] for s in sites) / payload,
+        "peak_memory_other_ranks": max(found["followers"]) / payload if ranks > 1 else None,
         "heartbeat_gap_s": {"p50": float(np.median(gaps)), "max": max(gaps), "due": 2.0} if gaps else None, "auto": found["auto"],
     }  # fmt: skip
     if args.rate:
@@ -293,19 +309,26 @@ def report(args, found: dict) -> dict:
     return out
 
 
+def stall_ratio(several: dict, one: dict) -> float:
+    """A stall over that of sites of one rank plus the time in which theta goes to the ranks."""
+    return several["stall_s"]["p50"] / (one["stall_s"]["p50"] + several["spent_s"]["write"] - one["spent_s"]["write"])
+
+
 def lines(r: dict) -> str:
     s, h, spent = r["stall_s"], r["heartbeat_gap_s"], r["spent_s"]
     where = f"links of {r['rate']}" if r["rate"] else "loopback"
     rows = [
-        f"{r['params'] / 1e6:,.0f} M parameters, {r['sites']} sites, {r['wire']}, {r['topology']}, outer {r['outer']}, {where}, "
-        f"{r['rounds']} rounds",
+        f"{r['params'] / 1e6:,.0f} M parameters, {r['sites']} sites of {r['ranks']} rank(s), {r['wire']}, {r['topology']}, "
+        f"outer {r['outer']}, {where}, {r['rounds']} rounds",
         f"  stall                 p50 {s['p50']:.3f} s, p95 {s['p95']:.3f} s, {r['gb_per_s']:.2f} GB/s of fp32 parameters",
         f"  parts                 {r['parts_s']:.3f} s: bare all-reduce {r['bare_allreduce_s']:.3f}, delta {r['delta_pass_s']:.3f}, "
         f"outer step {r['outer_step_s']:.3f}, digest {r['digest_s']:.3f}",
         f"  stall over parts      {r['stall_over_parts']:.2f}",
-        f"  of the stall          average {spent['average']:.3f} s, apply {spent['apply']:.3f}, check of theta_i {spent['freeze']:.3f}",
+        f"  of the stall          average {spent['average']:.3f} s, apply {spent['apply']:.3f} (theta to the ranks "
+        f"{spent['write']:.3f}), check of theta_i {spent['freeze']:.3f}",
         f"  sent by a site        {r['bytes'] / 1e6:,.1f} MB",
-        f"  peak memory           {r['peak_memory']:.2f} x the fp32 parameters",
+        f"  peak memory           {r['peak_memory']:.2f} x the fp32 parameters"
+        + (f" at rank 0, {r['peak_memory_other_ranks']:.2f} x at the others" if r["ranks"] > 1 else ""),
     ]
     if r["rate"]:
         rows.append(f"  time on the wire      {r['wire_s']:.3f} s; stall over it {r['stall_over_wire']:.3f}, "
@@ -313,6 +336,9 @@ def lines(r: dict) -> str:
     if h:
         rows.append(f"  heartbeats            every {h['p50']:.2f} s, at most {h['max']:.2f} s apart; due every {h['due']:g} s")
     rows += [f"  wire                  {line}" for line in r["auto"]]
+    for n, each in r.get("by_ranks", {}).items():
+        rows.append(f"  {n} rank(s)             stall {each['stall_s']['p50']:.3f} s, {each['stall_ratio']:.2f} x that of the first "
+                    f"plus {each['spent_s']['write']:.3f} s for theta to the ranks")  # fmt: skip
     for name, share in r.get("goodput", {}).items():
         rows.append(f"  goodput               {100 * share:.1f} % on the paper's timeline {name}")
     if f := r.get("flower"):
@@ -344,6 +370,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench/sync.py", description=__doc__.splitlines()[0])
     parser.add_argument("--params", type=float, default=124e6)
     parser.add_argument("--sites", type=int, default=2)
+    parser.add_argument("--ranks", default="1", help="of each site, e.g. 2, or 1,2,4 one after the other")
     parser.add_argument("--wire", choices=[*wire.FORMATS, "auto"], default="fp32")
     parser.add_argument("--topology", choices=["ring", "star"], default="ring")
     parser.add_argument("--outer", choices=["none", "nesterov"], default="none")
@@ -362,8 +389,17 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(config.EXIT_FAILED))  # by way of every `finally`
     if args.sites < 2 or args.rounds < 2:
         raise config.BadInput(f"--sites {args.sites} --rounds {args.rounds}: both must be >= 2")
-    with tempfile.TemporaryDirectory(prefix="curtail-sync-") as folder:
-        result = report(args, measure(args, Path(folder)))
+    if not all(n.isdigit() and int(n) > 0 for n in args.ranks.split(",")):
+        raise config.BadInput(f"--ranks {args.ranks}: say it like 2, or 1,2,4")
+    results = {}
+    for ranks in map(int, args.ranks.split(",")):
+        with tempfile.TemporaryDirectory(prefix="curtail-sync-") as folder:
+            results[ranks] = report(args, measure(args, Path(folder), ranks), ranks)
+    first, result = next(iter(results.values())), list(results.values())[-1]
+    if len(results) > 1:
+        if not args.json:
+            print(*map(lines, list(results.values())[:-1]), sep="\n")
+        result["by_ranks"] = {n: r | {"stall_ratio": stall_ratio(r, first)} for n, r in results.items()}
     if args.goodput:
         result["goodput"] = goodput(result["stall_s"]["p50"])
     if args.flower:

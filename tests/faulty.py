@@ -73,8 +73,13 @@ def build_rank(point: str, nth: int, kind: str) -> None:
         if not MARK.exists():
             threading.Timer(0.3, strike).start()
 
+    def half_way(held, ids, *_):  # the forward pass is over, its gradients are yet to be averaged
+        if count == nth - 1:
+            held.model(ids)
+        strike()
+
     if point == "gradient":
-        wrap(parallel.Held, "gradient", lambda held, ids, *_: held.model(ids) is not None and strike())
+        wrap(parallel.Held, "gradient", half_way)
     elif point == "compile":
         wrap(parallel.Held, "gradient", soon)
     elif point == "slow":  # every step

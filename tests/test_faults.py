@@ -386,18 +386,19 @@ def test_one_leaves_while_another_joins_and_a_local_round_is_stored_before_its_s
 # -- asked to go -----------------------------------------------------------------------------------------------------
 
 
-def test_sigterm_is_a_stop_not_known_ahead_and_costs_nothing(runner):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_sigterm_or_ctrl_c_is_a_stop_not_known_ahead_and_costs_nothing(runner, number, code):
     day = Day(runner)
     day.begin()
     day.after(2)
     until(lambda: day.steps("c") and day.steps("c")[-1] == (day.journal("open")[-1]["round"], 4), 30)
     started = time.monotonic()
-    day.workers["c"].send_signal(signal.SIGTERM)
-    assert day.workers["c"].wait(20) == 0 and time.monotonic() - started < 10
+    day.workers["c"].send_signal(number)
+    assert day.workers["c"].wait(20) == code and time.monotonic() - started < 10
     last = max(r for r, n in day.contributions("c").items() if n)
     opened = [r["round"] for r in day.journal("open") if "c" in r["members"]]
     assert last == max(opened), "its last round was agreed on before it went"
-    day.end()
+    day.end(gone="c")
     assert not day.faults() and not day.voided()
 
 

@@ -16,6 +16,7 @@ from test_runs import until
 import coordinator
 
 pytestmark = pytest.mark.slow
+SLOW_LINK = {"chunk_s": 20, "attempt_s": 60}  # on which nobody minds an average of 5 s
 
 
 class RankedDay(Day):
@@ -43,36 +44,39 @@ class RankedDay(Day):
         self.workers = {name: self.start(name, faults.get(name, "none")) for name in self.sites if name not in ranked}
         self.ranks = {name: self.start_ranks(name, *each, env=env) for name, each in ranked.items()}
 
-    def all_gone(self, ranks: list) -> None:
+    def all_gone(self, ranks: list, within_s: float = 15.0) -> None:
         """Once one of them is dead the others end by themselves."""
-        until(lambda: all(rank.poll() is not None for rank in ranks), 15)
+        until(lambda: all(rank.poll() is not None for rank in ranks), within_s)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_rank_that_dies_at_any_stage_of_a_round_costs_its_site_its_part_and_nobody_else_anything(runner, parallel):
-    """Before the freeze, in the reduce of gradients inside the site, at the freeze, at apply, at store; each time the site is started
-    again with the next fault. Under DDP nothing is read from rank 1 at the freeze; it is told all the same."""
-    day = RankedDay(runner, "ab", rounds=60)
-    day.argv.append(f"sites.b.parallel={parallel}")
-    stages = ["rank-step:20", "rank-gradient:20", "rank-read:3", "rank-write:4", "rank-save:3"]
-    day.begin(ranked={"b": ("none", stages[0])})
+def test_a_rank_that_dies_at_any_stage_of_a_round_costs_its_site_its_part_and_nobody_else_anything(runner):
+    """Before the freeze, in the reduce of gradients inside the site, at the freeze, at apply, at store, at a site under DDP and at one
+    under FSDP at once; each time both are started again with the next fault."""
+    day = RankedDay(runner, "abc", rounds=400)
+    day.argv += ["sites.c.parallel=fsdp", "sites.b.ranks=2", "sites.c.ranks=2"]
+    stages = ["rank-step:16", "rank-gradient:16", "rank-read:2", "rank-write:3", "rank-save:2"]
+    day.begin(ranked=dict.fromkeys("bc", ("none", stages[0])))
     for stage, following in zip(stages, [*stages[1:], "none"]):
-        day.fault_at(stage.partition(":")[0], "b")
-        day.all_gone(day.ranks["b"])
-        day.ranks["b"] = day.start_ranks("b", "none", following)
-    day.after(3)
-    day.end()
-    assert [r["site"] for r in day.faults("lost")] == ["b"] * len(stages), "each death is noticed once"
-    assert not day.voided()
-    together = [r for r in day.journal("open") if r["mode"] == "federated"]
-    a, b = day.contributions("a"), day.contributions("b")
-    assert all(a[r["round"]] == STEPS for r in together[:-2]), "a never lost a step"
-    assert b[together[-3]["round"]] == STEPS, "and b is back at the end"
+        for name in "bc":
+            day.fault_at(stage.partition(":")[0], name)
+            day.all_gone(day.ranks[name])
+            day.ranks[name] = day.start_ranks(name, "none", following)
+    seen = len(day.journal("open"))
+    until(lambda: any(len(r["members"]) == 3 for r in day.journal("open")[seen:-2]), 60)
+    day.head.terminate()
+    assert day.head.wait(30) == 1
+    assert coordinator.main(["check", str(runner.run_dir)]) == 0
+    assert sorted(r["site"] for r in day.faults("lost")) == ["b"] * len(stages) + ["c"] * len(stages), "each death is noticed once"
+    assert not [r for r in day.voided() if r["reason"] != "interrupted"]
+    a, together = day.contributions("a"), [r["round"] for r in day.journal("open") if len(r["members"]) > 1]
+    assert all(a[r] == STEPS for r in together if r in a), "a never lost a step"
+    whole = [r["round"] for r in day.journal("open")[seen:-1] if len(r["members"]) == 3]
+    assert day.contributions("b")[whole[0]] == day.contributions("c")[whole[0]] == STEPS, "and both are back at the end"
 
 
 def test_a_rank_that_dies_while_rank_0_averages_does_not_undo_what_was_agreed(runner):
     """Rank 0 notices when it wants to hand out the new theta: its vote counts, the others commit, it comes back."""
-    day = RankedDay(runner, "ab", rounds=14)
+    day = RankedDay(runner, "ab", rounds=14, sync=SLOW_LINK)
     day.begin(ranked={"b": ("reduce:3:sleep", "none")})
     day.fault_at("reduce", "b")
     day.ranks["b"][1].kill()
@@ -85,7 +89,7 @@ def test_a_rank_that_dies_while_rank_0_averages_does_not_undo_what_was_agreed(ru
 
 def test_ranks_wait_for_an_average_however_long_it_takes(runner):
     """Rank 0 is away for longer than ranks wait for each other in a step."""
-    day = RankedDay(runner, "ab", rounds=8)
+    day = RankedDay(runner, "ab", rounds=8, sync=SLOW_LINK)
     day.begin(ranked={"b": ("reduce:3:sleep", "none")}, env={"STEP_TIMEOUT_S": "2"})
     day.fault_at("reduce", "b")
     day.end()
@@ -109,10 +113,10 @@ def test_a_frozen_rank_makes_its_site_late_and_a_slow_one_makes_it_slow(runner):
 
 def test_a_rank_that_dies_while_it_compiles_ends_its_site_which_starts_again(runner):
     runner.env["TORCHINDUCTOR_CACHE_DIR"] = str(runner.folder / "inductor")
-    day = RankedDay(runner, "ab", rounds=8, model={"compile": True})
+    day = RankedDay(runner, "ab", rounds=8, model={"compile": True}, rounds_={"max_offline_s": 300})
     day.begin(ranked={"b": ("none", "rank-compile:1")})
     day.fault_at("rank-compile", "b")
-    day.all_gone(day.ranks["b"])
+    day.all_gone(day.ranks["b"], 200)  # rank 0 is busy compiling itself
     day.start_ranks("b", "none", "none")
     until(lambda: any(n for n in day.contributions("b").values()) or day.head.poll() is not None, 120)
     day.end()

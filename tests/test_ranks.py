@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from conftest import REPO
+from safetensors.torch import load_file
 from test_runs import until
 
 from ledger import count
@@ -70,6 +71,22 @@ def test_as_many_ranks_again_on_two_nodes_give_the_same_bits(results):
     assert json.loads("".join(out for out, _ in said)) == results[2]
 
 
+@pytest.mark.parametrize("said, sites, more", [
+    ("sites.a.ranks=3, but torchrun has started 2 (nodes x --nproc_per_node); start as many, or say sites.a.ranks=2", {},
+     ["sites.a.ranks=3"]),
+    ("sites.a.parallel=fsdp cuts the model over at least 2 ranks, sites.a.ranks=null; say sites.a.ranks=N, or parallel=ddp",
+     {"parallel": "fsdp"}, []),
+    ("2 ranks (nodes x --nproc_per_node) must divide the 3 rows of a step", {}, ["data.tokens_per_step=96", "budget.tokens=960"]),
+])  # fmt: skip
+def test_ranks_that_do_not_fit_are_refused_in_one_line(runner, said, sites, more):
+    argv = runner.write({"a": sites})
+    process = runner.start("torchrun", "--standalone", "--nproc_per_node=2", str(REPO / "train.py"), *argv, "site=a", *more, log="a")
+    assert process.wait(60) != 0
+    ours = [line for line in runner.said("a").splitlines() if line.startswith("train.py:")]
+    assert ours == [f"train.py: {said}"]
+    assert not (runner.run_dir / "sites").exists(), "nothing was begun"
+
+
 def start(runner, argv: list[str]) -> list:
     head = runner.start("coordinator.py", *argv, log="coordinator")
     return [head, runner.start("torchrun", "--standalone", "--nproc_per_node=2", str(REPO / "train.py"), *argv, "site=a", log="a")]
@@ -107,6 +124,9 @@ def test_two_ranks_killed_in_the_middle_of_a_round_end_where_no_stop_would_have(
     assert head.wait(120) == 0, runner.said() + runner.said("a")
     assert "found on own disk" in runner.said("a")
     assert torch.equal(runner.theta(), runner.theta("calm"))
+    kept = [{name.split(".")[0] for name in load_file(sorted(runner.run_dir.glob(f"sites/a/inner-*-{r}.*"))[-1])} for r in (0, 1)]
+    assert kept[0] == {"adam", "muon", "rng"}
+    assert kept[1] == kept[0] - ({"adam"} if parallel == "ddp" else set()), "what all ranks have alike is kept once"
     commits = [r for r in runner.journal() if r["type"] == "commit"]
     assert sum(count(r["batches"]["a"]) for r in commits) == 60  # the ledger: each batch once, though two ranks trained it
     assert runner.summary()["tokens"] == 128 * 60

@@ -299,6 +299,7 @@ BAD = {
     "start outside the trace": (["clock.start=2020-01-01T00:00:00Z"], "outside"),
     "ring across hosts": (["sync.host=10.1.2.3"], "sync.trusted_network=true"),
     "ranks": (["sites.a.ranks=3"], "must divide the 4 rows"),
+    "one rank cut": (["sites.a.parallel=fsdp", "sites.a.ranks=1"], "cuts the model over at least 2 ranks"),
     "auto without a link": (["sync.wire=auto"], "set sync.link_gbit"),
     "step longer than a round": (["sites.a.tokens_per_s=1"], "rounds.train_s=60 must be >= a step of site a, 128 s"),
     "heads": (["model.heads=3"], "model.heads=3"),
