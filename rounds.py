@@ -109,7 +109,9 @@ class Run:
         self.pending: list[dict] = []  # local rounds frozen but not yet stored, oldest first
         self.holds: dict[str, int] = {}  # site -> round whose start state it holds
         self.leaving: set[str] = set()  # off by the schedule, still busy with a round
-        self.handover_s = INFINITY  # timed: when the hand-over is over; wall: when to stop waiting for all
+        self.handover_s = INFINITY  # timed: when the hand-over is over; wall: when to look whom it still waits for
+        self.handover_began_s = INFINITY
+        self.missing: set[str] = set()  # wall: on, but without an answer when they were handed the state: nobody waits for them
         self.fetching: set[str] = set()  # sites told to download the state
         self.sync_s = facts.sync_s  # wall: replaced by what was measured
         self.rates = dict(facts.rates)  # wall: likewise
@@ -331,7 +333,7 @@ class Run:
 
     def _team(self, t: float) -> list[str]:
         """Sites that are on and have time for a step (and, with others, for the sync) before a stop known now."""
-        on = [s for s, site in self.schedule.sites.items() if site.state == "on" and s not in self.leaving]
+        on = [s for s, site in self.schedule.sites.items() if site.state == "on" and s not in self.leaving and s not in self.missing]
         stops, end_s = self.schedule.stops, self.facts.end_s
         spare = {s: min(stops.get(s, end_s), end_s) - t - self._step_s(s) + ROUND_OFF for s in on}
         together = [s for s in on if spare[s] >= self.sync_s]
@@ -358,15 +360,21 @@ class Run:
             self._open(t, ready)
         else:
             self.phase, self.handover_s = "handover", t + (1 if self.facts.timed else 2) * self.sync_s
+            self.handover_began_s = t
 
     def _hand_over(self, t: float) -> None:
-        """Open once all who are on hold the state; past two sync times (wall), once two do (a slow download joins later)."""
+        """Open once all who are on hold the state; past two sync times (wall), once two do (a slow download joins later). Is only one
+        ready, it waits for the next as long as an attempt to average may take, which a download does, too; then it trains alone."""
         team = self._team(t)
         ready = [s for s in team if self.holds.get(s) == self.round]
-        if self.facts.timed or len(ready) == len(team) or (t >= self.handover_s - ROUND_OFF and len(ready) >= 2):
+        patience_s = self.handover_began_s + max(2 * self.sync_s, self.attempt_s) if ready else INFINITY
+        if self.facts.timed or len(ready) == len(team):
             self._open_next(t)
-        elif t >= self.handover_s - ROUND_OFF:
-            self.handover_s = INFINITY  # only one is ready: wait for the next download
+        elif (t >= self.handover_s - ROUND_OFF and len(ready) >= 2) or t >= patience_s - ROUND_OFF:
+            self.missing |= set(team) - set(ready)
+            self._open_next(t)
+        elif t >= self.handover_s - ROUND_OFF or self.handover_s == INFINITY:
+            self.handover_s = patience_s
 
     def _end_when_stored(self, t: float) -> None:
         """Budget or trace are used up. The last state must be durable first; a finished budget is also measured."""
@@ -799,6 +807,7 @@ class Run:
         """A site has downloaded theta_number and m_number."""
         self.holds[site] = number
         self.fetching.discard(site)
+        self.missing.discard(site)
         self._moves(t, self.schedule.started(t, site))
         if self.phase == "idle" and not self.fetching:
             self._open_next(t)
@@ -892,6 +901,7 @@ class Run:
         self.leaving.discard(site)
         self.holds.pop(site, None)
         self.fetching.discard(site)
+        self.missing.discard(site)
         self._touched.add(site)
         if not self.facts.timed:
             self.schedule.set_absent(site, why)
@@ -1066,6 +1076,7 @@ class Run:
     def _drop(self, site: str) -> None:
         self.holds.pop(site, None)
         self.fetching.discard(site)
+        self.missing.discard(site)
         self._actions.append(Action("drop", site))
 
     # -- power and records ------------------------------------------------------------------------------------------

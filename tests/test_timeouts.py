@@ -201,3 +201,39 @@ def test_tokens_that_were_trained_in_vain_are_in_the_record():
         run.voted(92.0, site, 1, "d")
     (commit,) = [r for r in run.take()[0] if r["type"] == "commit"]
     assert commit["tokens"] == 180 and commit["wasted"] == {"c": 30}, "three steps of ten seconds before it fell silent"
+
+
+def test_a_member_that_hangs_while_its_heartbeats_go_on_does_not_keep_the_others_from_training():
+    """c is left out of its round and answers nothing any more, then b likewise; a trains alone until one of them fetches the state."""
+    run = open_round()
+
+    def answered(t: float, *sites: str) -> None:
+        """Time goes on, and these sites do what they are asked."""
+        run.advance(t)
+        for action in run.take()[1]:
+            for site in action.data.get("members", ()) if action.site is None else [action.site]:
+                if site not in sites:
+                    continue
+                if action.kind == "freeze":
+                    run.frozen(t, site, 3)
+                elif action.kind == "attempt":
+                    run.voted(t, site, action.data["attempt"], "d")
+                elif action.kind == "fetch":
+                    run.current(t, site, action.data["round"])
+                elif action.kind == "store" or (action.kind == "commit" and action.data["sender"] == site):
+                    run.store_done(t, run.round, "", "")
+
+    for second in range(1, 400):
+        answered(second, "a", "b")
+    assert run.now.members == ["a", "b"] and run.round >= 3
+    for second in range(400, 800):
+        answered(second, "a")
+    assert run.now.mode == "local" and run.now.members == ["a"] and run.missing == {"b", "c"}
+    before = run.round
+    for second in range(800, 1000):
+        answered(second, "a")
+    assert run.round > before, "and goes on"
+    run.current(1000.0, "b", run.stored)
+    for second in range(1001, 1100):
+        answered(second, "a", "b")
+    assert run.now.members == ["a", "b"], "one of them is back"
