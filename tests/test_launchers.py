@@ -222,7 +222,7 @@ def as_shipped(runner, words: list[str], log: str, **env: str) -> subprocess.Pop
 def test_what_kubernetes_and_skypilot_start_are_sites_of_two_ranks_that_train_a_run_to_its_end(runner, fake_tools):
     """From the README's configs to the words that its files make of them. The copy of the config there says nothing of ranks."""
     grids = Grids(runner, "texas", SITE)
-    argv = runner.write({"texas": FAST, SITE: FAST}, **grids.config | {"budget": {"tokens": 128 * 600}})
+    argv = runner.write({"texas": FAST, SITE: FAST}, **grids.config | {"budget": {"tokens": 128 * 400}})
     head = runner.start("coordinator.py", *argv, "sites.texas.ranks=2", f"sites.{SITE}.ranks=2", log="coordinator")
     started = {}
     for site, block in zip((SITE, "texas"), readme("Provisioning", "yaml")):
@@ -238,7 +238,7 @@ def test_what_kubernetes_and_skypilot_start_are_sites_of_two_ranks_that_train_a_
     grids.show(**{"texas": CLEAN, SITE: CLEAN})
     assert head.wait(90) == 0, runner.said()
     assert [site.wait(30) for site in sites] == [0, 0]
-    assert together(runner, "texas", SITE) and runner.summary()["tokens"] == 128 * 600
+    assert together(runner, "texas", SITE) and runner.summary()["tokens"] == 128 * 400
     assert not processes_in(runner.folder), "nothing is left"
     checked(runner)
 
