@@ -1,5 +1,5 @@
-"""What starts a site elsewhere: Slurm, Kubernetes, SkyPilot. Their shipped files start what a person starts by hand, with as
-many ranks as the config says; two of them are started for real, and a day passes on a real Slurm."""
+"""What starts a site elsewhere: Slurm, Kubernetes, SkyPilot. Their shipped files start what a person
+starts by hand, with as many ranks as the config says; two are started for real, and a day passes on a real Slurm."""
 
 import os
 import random
@@ -34,16 +34,17 @@ def fake_tools(tmp_path, monkeypatch):
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("kubectl", "sky", "sbatch", "squeue", "scancel", "srun"):
-        (folder / name).write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n[ "$1" != create ] || cat\n')
-    (folder / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && printf "node1\\nnode2\\n"\n')
+        (folder / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n[ "$1" != create ] || cat\n')
+    nodes = 'printf "node1\\nnode2\\n"'
+    (folder / "scontrol").write_text(f'#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && {nodes}\n')
     for path in folder.iterdir():
         path.chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
 def by_hand(config_: str, site: str, ranks: int, run: str | None = None) -> list[str]:
-    """What a person says to torchrun for one site: its options, then from the script's name on. With a run: the config is a copy
-    that does not know it, nor how many ranks the machines there have."""
+    """What a person says to torchrun for one site: its options, then from the script's name on. With a run:
+    the config is a copy that does not know it, nor how many ranks the machines there have."""
     told = [] if run is None else [f"run={run}", f"sites.{site}.ranks={ranks}"]
     return relative(provision.site_command([config_, *told], site, ranks)[3:])
 
@@ -75,7 +76,7 @@ def given_by_sky(argv: list[str]) -> dict[str, str]:
     return dict(value.split("=", 1) for option, value in zip(argv, argv[1:]) if option == "--env")
 
 
-# -- the same command line everywhere ---------------------------------------------------------------------------------
+# -- the same command line everywhere ------------------------------------------------------------------------
 
 
 def test_a_site_is_started_as_the_readme_says():
@@ -98,10 +99,12 @@ def test_the_readmes_examples_of_commands_are_good_configs_and_pass_the_ranks_on
         for site, ranks in (("texas", "2"), (SITE, "4")):
             start = provision.cluster_of(cfg, site, "0a1b2c", "10.0.0.1:5555").argv["start"]
             if start[0] == "sh":
-                assert start[1:] == ["examples/kubernetes.sh", f"curtail-0a1b2c-{site.replace('_', '-')}", site, ranks, "tiny"]
+                job = f"curtail-0a1b2c-{site.replace('_', '-')}"
+                assert start[1:] == ["examples/kubernetes.sh", job, site, ranks, "tiny"]
             else:
                 assert given_by_sky(start) == {"SITE": site, "RUN": "tiny", "RANKS": ranks}
-                assert start[start.index("--gpus") + 1] == f"H100:{ranks}" and start[-1] == "examples/skypilot.yaml"
+                assert start[start.index("--gpus") + 1] == f"H100:{ranks}"
+                assert start[-1] == "examples/skypilot.yaml"
 
 
 def test_the_kubernetes_example_makes_a_job_that_runs_one_site_with_its_own_key(fake_tools):
@@ -110,18 +113,22 @@ def test_the_kubernetes_example_makes_a_job_that_runs_one_site_with_its_own_key(
     (site,) = pod["containers"]
     assert job["metadata"]["name"] == JOB and job["spec"]["backoffLimit"] == 0
     assert site["command"] == [".venv/bin/torchrun", *by_hand("/config/config.yaml", SITE, 4, RUN)]
-    assert site["resources"]["limits"] == {"nvidia.com/gpu": 4} and pod["terminationGracePeriodSeconds"] >= 30
+    assert site["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    assert pod["terminationGracePeriodSeconds"] >= 30
     assert {m["name"] for m in site["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     assert pod["volumes"][1]["secret"]["secretName"] == "curtail-keys-south-australia"
 
 
 def test_the_skypilot_example_trains_the_site_it_is_given_with_its_own_key():
     task, given = skypilot_task(), {"SITE": SITE, "RUN": RUN, "RANKS": "4"}
-    assert set(task["envs"]) == set(given) and "accelerators" not in task["resources"], "ranks stand in the config alone"
+    assert set(task["envs"]) == set(given)
+    assert "accelerators" not in task["resources"], "how many stands in the config alone"
     words = ["sh", "-c", task["run"].replace("exec ", "printf '%s\\n' ")]
-    said = subprocess.run(words, env=os.environ | given, capture_output=True, text=True, check=True).stdout.splitlines()
+    env = os.environ | given
+    said = subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
     assert said == [".venv/bin/torchrun", *by_hand("my.yaml", SITE, 4, RUN)]
-    assert all("key_secret" not in path or "${SITE}.key_secret" in path for path in task["file_mounts"].values())
+    secrets = [path for path in task["file_mounts"].values() if "key_secret" in path]
+    assert secrets == ["runs/${RUN}/keys/${SITE}.key_secret"]
 
 
 def test_slurm_jobs_are_what_the_shipped_config_says(fake_tools, tmp_path, monkeypatch):
@@ -130,7 +137,8 @@ def test_slurm_jobs_are_what_the_shipped_config_says(fake_tools, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     job = provision.cluster_of(cfg, "texas", "0a1b2c", "10.0.0.1:5555")
     job.start(provision.threading.Event())
-    assert job.argv["start"][-5:-1] == ["--partition=texas", "--gres=gpu:2", "--cpus-per-task=32", "--time=12:00:00"]
+    options = ["--partition=texas", "--gres=gpu:2", "--cpus-per-task=32", "--time=12:00:00"]
+    assert job.argv["start"][-5:-1] == options
     script = Path(job.argv["start"][-1]).read_text()
     assert f"cd {shlex.quote(str(tmp_path))} || exit 1" in script
     words = shlex.split(script.splitlines()[-1])
@@ -139,15 +147,16 @@ def test_slurm_jobs_are_what_the_shipped_config_says(fake_tools, tmp_path, monke
 
 
 def test_the_slurm_script_for_two_nodes_divides_the_ranks_among_its_tasks(fake_tools, tmp_path):
-    values = dict.fromkeys(provision.NAMES, "x") | {"folder": str(tmp_path), "repo": str(REPO), "python": "python", "job": JOB,
-                                                    "config": "runs/demo/config.yaml", "site": SITE, "ranks": "8"}  # fmt: skip
+    names = {"site": SITE, "job": JOB, "ranks": "8", "config": "runs/demo/config.yaml"}
+    places = {"folder": str(tmp_path), "repo": str(REPO), "python": "python"}
+    values = dict.fromkeys(provision.NAMES, "x") | names | places
     script = provision.fill((EXAMPLES / "slurm_two_nodes.sh").read_text(), values)
     env = os.environ | {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}
     env.pop("SLURM_CPUS_PER_TASK", None)
 
     def said(**more: str) -> list[str]:
-        result = subprocess.run(["bash"], input=script, env=env | more, capture_output=True, text=True, check=True)
-        return relative(result.stdout.splitlines())
+        bash = {"input": script, "env": env | more, "capture_output": True, "text": True, "check": True}
+        return relative(subprocess.run(["bash"], **bash).stdout.splitlines())
 
     (one, *rest) = by_hand("runs/demo/config.yaml", SITE, 8)[1:]
     assert one == "--nproc_per_node=8"
@@ -155,7 +164,8 @@ def test_the_slurm_script_for_two_nodes_divides_the_ranks_among_its_tasks(fake_t
     start = ["python", "-m", "torch.distributed.run"]
     assert said() == ["--kill-on-bad-exit=1", *start, "--nnodes=2", "--nproc_per_node=4", *meet, *rest]
     four = said(SLURM_NTASKS="4", SLURM_CPUS_PER_TASK="32")
-    assert four == ["--kill-on-bad-exit=1", "--cpus-per-task=32", *start, "--nnodes=4", "--nproc_per_node=2", *meet, *rest]
+    step = ["--kill-on-bad-exit=1", "--cpus-per-task=32"]
+    assert four == [*step, *start, "--nnodes=4", "--nproc_per_node=2", *meet, *rest]
 
 
 def test_the_readme_names_every_example_and_none_that_is_not_there():
@@ -163,7 +173,7 @@ def test_the_readme_names_every_example_and_none_that_is_not_there():
     assert named == {path.name for path in EXAMPLES.iterdir()}
 
 
-# -- real runs --------------------------------------------------------------------------------------------------------
+# -- real runs -----------------------------------------------------------------------------------------------
 
 
 class Grids:
@@ -203,7 +213,7 @@ def checked(runner) -> None:
 
 
 def as_shipped(runner, words: list[str], log: str, **env: str) -> subprocess.Popen:
-    """Start a shipped file's command line in the test's folder, made to look like the image or the cluster it is meant for."""
+    """Start a shipped file's command line in the test's folder, which looks like what it is for."""
     shipped = runner.folder / ".venv" / "bin" / "torchrun"
     if not shipped.exists():
         shipped.parent.mkdir(parents=True)
@@ -211,29 +221,34 @@ def as_shipped(runner, words: list[str], log: str, **env: str) -> subprocess.Pop
         shipped.chmod(0o755)
         (runner.folder / "train.py").symlink_to(REPO / "train.py")
         (runner.folder / "my.yaml").symlink_to(runner.folder / "config.yaml")
-    bare = {key: value for key, value in runner.env.items() if key not in ("OMP_NUM_THREADS", "PYTHONUNBUFFERED")}
+    env = {k: v for k, v in runner.env.items() if k not in ("OMP_NUM_THREADS", "PYTHONUNBUFFERED")} | env
     with open(runner.folder / f"{log}.log", "w") as out:
-        process = subprocess.Popen(words, cwd=runner.folder, env=bare | env, stdout=out, stderr=out, start_new_session=True)
+        streams = {"stdout": out, "stderr": out, "start_new_session": True}
+        process = subprocess.Popen(words, cwd=runner.folder, env=env, **streams)
     runner.processes.append(process)
     return process
 
 
 @pytest.mark.slow
-def test_what_kubernetes_and_skypilot_start_are_sites_of_two_ranks_that_train_a_run_to_its_end(runner, fake_tools):
-    """From the README's configs to the words that its files make of them. The copy of the config there says nothing of ranks."""
+def test_what_kubernetes_and_skypilot_start_trains_a_run_to_its_end_at_two_ranks_a_site(runner, fake_tools):
+    """From the README's configs to the words that its files make of them. The config there has no ranks."""
     grids = Grids(runner, "texas", SITE)
     argv = runner.write({"texas": FAST, SITE: FAST}, **grids.config | {"budget": {"tokens": 128 * 400}})
-    head = runner.start("coordinator.py", *argv, "sites.texas.ranks=2", f"sites.{SITE}.ranks=2", log="coordinator")
+    ranks = ["sites.texas.ranks=2", f"sites.{SITE}.ranks=2"]
+    head = runner.start("coordinator.py", *argv, *ranks, log="coordinator")
     started = {}
     for site, block in zip((SITE, "texas"), readme("Provisioning", "yaml")):
         (runner.folder / "launcher.yaml").write_text("base: config.yaml\n" + block)
-        cfg = config.load([str(runner.folder / "launcher.yaml"), f"sites.{site}.ranks=2"])
+        cfg = config.load([str(runner.folder / "launcher.yaml"), *ranks])
         started[site] = provision.cluster_of(cfg, site, "0a1b2c", "").argv["start"]
     said = subprocess.run(started[SITE], cwd=REPO, capture_output=True, text=True, check=True).stdout
     (pod,) = yaml.safe_load(said.partition("--filename=-\n")[2])["spec"]["template"]["spec"]["containers"]
     words = [word.replace("/config/", f"{runner.folder}/") for word in pod["command"]]
-    sites = [as_shipped(runner, words, SITE, **{e["name"]: e["value"] for e in pod["env"]}),
-             as_shipped(runner, ["sh", "-c", skypilot_task()["run"]], "texas", **given_by_sky(started["texas"]))]  # fmt: skip
+    run = ["sh", "-c", skypilot_task()["run"]]
+    sites = [
+        as_shipped(runner, words, SITE, **{variable["name"]: variable["value"] for variable in pod["env"]}),
+        as_shipped(runner, run, "texas", **given_by_sky(started["texas"])),
+    ]
     until(lambda: with_two_ranks(runner, "coordinator") == [SITE, "texas"])
     grids.show(**{"texas": CLEAN, SITE: CLEAN})
     assert head.wait(90) == 0, runner.said()
@@ -243,7 +258,7 @@ def test_what_kubernetes_and_skypilot_start_are_sites_of_two_ranks_that_train_a_
     checked(runner)
 
 
-# -- Slurm ------------------------------------------------------------------------------------------------------------
+# -- Slurm ---------------------------------------------------------------------------------------------------
 
 SLURM_CONF = """ClusterName=curtail
 SlurmctldHost={host}(127.0.0.1)
@@ -277,6 +292,9 @@ PartitionName=east Nodes={host} State=UP MaxTime=INFINITE
 """
 
 
+FILES = {"key": ".key", "pid": "d.pid", "log": "d.log", "seed": "d.seed"}  # munged's
+
+
 def free_ports(n: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
     ports = [s.getsockname()[1] for s in sockets]
@@ -290,7 +308,8 @@ def with_conf(folder) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("SLURM_CONF") == str(folder / "slurm.conf") and process.status() != psutil.STATUS_ZOMBIE:
+            ours = process.environ().get("SLURM_CONF") == str(folder / "slurm.conf")
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -299,31 +318,38 @@ def with_conf(folder) -> list[psutil.Process]:
 
 @pytest.fixture
 def slurm(runner, tmp_path_factory):
-    """A cluster of one node and three partitions, of this test alone. Yields the folder of its configuration."""
-    if missing := [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]:
+    """A cluster of one node and three partitions, of this test alone. Yields the folder of its config."""
+    programs = ("munged", "slurmctld", "slurmd", "sbatch")
+    if missing := [name for name in programs if shutil.which(name) is None]:
         pytest.skip(f"{', '.join(missing)} not found; Debian's packages slurm-wlm and munge have them")
     folder = tmp_path_factory.mktemp("slurm")
     for name in ("state", "spool"):
         (folder / name).mkdir()
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
-    values = {"host": socket.gethostname().partition(".")[0], "user": psutil.Process().username(), "folder": folder,
-              "first": random.randint(1, 10**6)}  # the job's number makes a port  # fmt: skip
+    values = {
+        "host": socket.gethostname().partition(".")[0],
+        "user": psutil.Process().username(),
+        "folder": folder,
+        "first": random.randint(1, 10**6),  # a job's number makes the port at which its tasks meet
+    }
     (folder / "slurm.conf").write_text(SLURM_CONF.format(ports=free_ports(2), **values))
     runner.env["SLURM_CONF"] = str(folder / "slurm.conf")
-    files = [f"--{what}-file={folder}/munged.{what}" for what in ("pid", "log", "seed")]
-    commands = [["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key", *files],
-                ["slurmctld", "-D"], ["slurmd", "-D"]]  # fmt: skip
+    munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket"]
+    munged += [f"--{what}-file={folder}/munge{end}" for what, end in FILES.items()]
+    commands = [munged, ["slurmctld", "-D"], ["slurmd", "-D"]]
     daemons = []
     try:
         for command in commands:
             log = open(folder / f"{command[0]}.out", "w")
-            daemons.append(subprocess.Popen(command, env=runner.env, stdout=log, stderr=log, start_new_session=True))
+            streams = {"stdout": log, "stderr": log, "start_new_session": True}
+            daemons.append(subprocess.Popen(command, env=runner.env, **streams))
             if command[0] == "munged":
                 until(lambda: (folder / "munge.socket").exists() or daemons[0].poll() is not None, 10)
-        ask = ["sinfo", "--noheader", "--format=%T"]
-        until(lambda: b"idle" in subprocess.run(ask, env=runner.env, capture_output=True).stdout or any(d.poll() for d in daemons), 30)
-        assert not any(d.poll() for d in daemons), [(folder / f"{c[0]}.out").read_text()[-500:] for c in commands]
+        ask = {"args": ["sinfo", "--noheader", "--format=%T"], "env": runner.env, "capture_output": True}
+        until(lambda: b"idle" in subprocess.run(**ask).stdout or any(d.poll() for d in daemons), 30)
+        said = [(folder / f"{command[0]}.out").read_text()[-500:] for command in commands]
+        assert not any(d.poll() for d in daemons), said
         yield folder
     finally:
         for process in with_conf(folder):  # slurmd waits for jobs, slurmstepd for slurmd
@@ -334,38 +360,46 @@ def slurm(runner, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_day_on_slurm_sites_of_two_ranks_come_and_go_and_train_together_and_none_is_left(runner, slurm):
-    """west (one task of two ranks) trains from the start, south (two tasks of one) comes and goes, east (one task) comes; nowhere
-    names a partition that is not there."""
+    """west (one task of two ranks) trains from the start, south (two tasks of one) comes and goes, east
+    (one task) comes; nowhere names a partition that is not there."""
 
     def queue() -> dict[str, str]:
-        jobs = subprocess.run(["squeue", "--noheader", "--format=%j %P %T"], env=runner.env, capture_output=True, text=True, check=True)
+        ask = ["squeue", "--noheader", "--format=%j %P %T"]
+        jobs = subprocess.run(ask, env=runner.env, capture_output=True, text=True, check=True)
         rows = [line.split() for line in jobs.stdout.splitlines()]
         assert len({name for name, _, _ in rows}) == len(rows), "two jobs of one site"
         assert all(name == f"curtail-{run_id}-{partition}" for name, partition, _ in rows)
         return {partition: state for _, partition, state in rows}
 
-    sites = {name: FAST | {"ranks": 2, "provision": {"partition": name}} for name in ("west", "south", "east", "nowhere")}
-    comment = "--comment={run} {site}"
-    sites["south"]["provision"] |= {"script": str(EXAMPLES / "slurm_two_nodes.sh"), "options": [comment, "--nodes=1", "--ntasks=2"]}
+    names, comment = ("west", "south", "east", "nowhere"), "--comment={run} {site}"
+    sites = {name: FAST | {"ranks": 2, "provision": {"partition": name}} for name in names}
+    script = str(EXAMPLES / "slurm_two_nodes.sh")
+    sites["south"]["provision"] |= {"script": script, "options": [comment, "--nodes=1", "--ntasks=2"]}
     grids = Grids(runner, *sites)
-    argv = runner.write(sites, **grids.config, provision={"mode": "slurm", **QUICK, "retries": 1, "options": [comment]})
+    jobs = {"mode": "slurm", **QUICK, "retries": 1, "options": [comment]}
+    argv = runner.write(sites, **grids.config, provision=jobs)
     grids.show(west=CLEAN, south=CLEAN, nowhere=CLEAN)
     launch = runner.start("launch.py", *argv, log="launch")  # starts nothing but the coordinator
     until(lambda: states(runner, "west"))
     run_id = runner.journal()[0]["wall"]["run_id"]
     until(lambda: queue().keys() >= {"west", "south"}, 20)
     assert not states(runner, "east")
-    until(lambda: together(runner, "west", "south") >= 2 and queue() == {"west": "RUNNING", "south": "RUNNING"}, 90)
-    until(lambda: "absent" in str(faults_of(runner, "nowhere")) or "left out" in str(faults_of(runner, "nowhere")), 30)
-    assert "nvalid partition" in faults_of(runner, "nowhere")[0] and states(runner, "nowhere") == ["provisioning", "off"]
+    until(lambda: together(runner, "west", "south") >= 2, 90)
+    assert queue() == {"west": "RUNNING", "south": "RUNNING"}
+    until(lambda: re.search("absent|left out", str(faults_of(runner, "nowhere"))), 30)
+    assert "nvalid partition" in faults_of(runner, "nowhere")[0]
+    assert states(runner, "nowhere") == ["provisioning", "off"]
     grids.show(south=DIRTY, east=CLEAN)
     until(lambda: "off" in states(runner, "south") and "south" not in queue(), 90)
-    until(lambda: together(runner, "west", "east") and queue() == {"west": "RUNNING", "east": "RUNNING"}, 90)
+    until(lambda: together(runner, "west", "east"), 90)
+    assert queue() == {"west": "RUNNING", "east": "RUNNING"}
     launch.send_signal(signal.SIGINT)
     assert launch.wait(90) == 130, runner.said("launch")
-    assert runner.journal()[-1]["reason"] == "interrupted" and "could not be stopped" not in runner.said("launch")
+    assert runner.journal()[-1]["reason"] == "interrupted"
+    assert "could not be stopped" not in runner.said("launch")
     assert queue() == {} and not processes_in(runner.folder), "nothing is left"
     assert with_two_ranks(runner, "launch") == ["east", "south", "west"]
-    assert {r["site"] for r in runner.journal() if r["type"] == "fault"} == {"nowhere"}, "whoever went, went cleanly"
+    faulty = {r["site"] for r in runner.journal() if r["type"] == "fault"}
+    assert faulty == {"nowhere"}, "whoever went, went cleanly"
     checked(runner)
     all_hold(runner, argv)
