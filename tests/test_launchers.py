@@ -1,5 +1,5 @@
 """What starts a site elsewhere: Slurm, Kubernetes, SkyPilot. Their shipped files start what a person
-starts by hand, with as many ranks as the config says; two are started for real, and a day passes on a real Slurm."""
+starts by hand, with as many ranks as the config says; a day passes on a real Slurm."""
 
 import os
 import random
@@ -249,11 +249,29 @@ def test_what_kubernetes_and_skypilot_start_trains_a_run_to_its_end_at_two_ranks
         as_shipped(runner, words, SITE, **{variable["name"]: variable["value"] for variable in pod["env"]}),
         as_shipped(runner, run, "texas", **given_by_sky(started["texas"])),
     ]
-    until(lambda: with_two_ranks(runner, "coordinator") == [SITE, "texas"])
+    until(lambda: with_two_ranks(runner, "coordinator") == [SITE, "texas"], 120)
     grids.show(**{"texas": CLEAN, SITE: CLEAN})
-    assert head.wait(90) == 0, runner.said()
+    assert head.wait(180) == 0, runner.said()
     assert [site.wait(30) for site in sites] == [0, 0]
     assert together(runner, "texas", SITE) and runner.summary()["tokens"] == 128 * 400
+    assert not processes_in(runner.folder), "nothing is left"
+    checked(runner)
+
+
+@pytest.mark.slow
+def test_launch_and_the_coordinator_start_sites_of_two_ranks_on_this_machine(runner):
+    """here is started by launch.py, there by the coordinator when its window opens."""
+    grids = Grids(runner, "here", "there")
+    local = {"provision": QUICK | {"mode": "local", "start_timeout_s": 120}}
+    argv = runner.write({"here": FAST, "there": FAST | local}, **grids.config)
+    launch = runner.start("launch.py", *argv, "sites.here.ranks=2", "sites.there.ranks=2", log="launch")
+    until(lambda: runner.journal() and with_two_ranks(runner, "launch") == ["here"], 120)
+    assert not states(runner, "there")
+    grids.show(here=CLEAN, there=CLEAN)
+    until(lambda: together(runner, "here", "there") >= 2, 180)
+    launch.send_signal(signal.SIGINT)
+    assert launch.wait(90) == 130, runner.said("launch")
+    assert with_two_ranks(runner, "launch") == ["here", "there"]
     assert not processes_in(runner.folder), "nothing is left"
     checked(runner)
 
@@ -376,7 +394,7 @@ def test_a_day_on_slurm_sites_of_two_ranks_come_and_go_and_train_together_and_no
     script = str(EXAMPLES / "slurm_two_nodes.sh")
     sites["south"]["provision"] |= {"script": script, "options": [comment, "--nodes=1", "--ntasks=2"]}
     grids = Grids(runner, *sites)
-    jobs = {"mode": "slurm", **QUICK, "retries": 1, "options": [comment]}
+    jobs = QUICK | {"mode": "slurm", "start_timeout_s": 120, "retries": 1, "options": [comment]}
     argv = runner.write(sites, **grids.config, provision=jobs)
     grids.show(west=CLEAN, south=CLEAN, nowhere=CLEAN)
     launch = runner.start("launch.py", *argv, log="launch")  # starts nothing but the coordinator
@@ -384,14 +402,14 @@ def test_a_day_on_slurm_sites_of_two_ranks_come_and_go_and_train_together_and_no
     run_id = runner.journal()[0]["wall"]["run_id"]
     until(lambda: queue().keys() >= {"west", "south"}, 20)
     assert not states(runner, "east")
-    until(lambda: together(runner, "west", "south") >= 2, 90)
+    until(lambda: together(runner, "west", "south") >= 2, 180)
     assert queue() == {"west": "RUNNING", "south": "RUNNING"}
     until(lambda: re.search("absent|left out", str(faults_of(runner, "nowhere"))), 30)
     assert "nvalid partition" in faults_of(runner, "nowhere")[0]
     assert states(runner, "nowhere") == ["provisioning", "off"]
     grids.show(south=DIRTY, east=CLEAN)
     until(lambda: "off" in states(runner, "south") and "south" not in queue(), 90)
-    until(lambda: together(runner, "west", "east"), 90)
+    until(lambda: together(runner, "west", "east"), 180)
     assert queue() == {"west": "RUNNING", "east": "RUNNING"}
     launch.send_signal(signal.SIGINT)
     assert launch.wait(90) == 130, runner.said("launch")
