@@ -26,14 +26,18 @@ spec:
         - name: site
           image: registry.example.org/curtail:latest
           workingDir: /curtail
-          command: [.venv/bin/torchrun, --standalone, --nproc_per_node=$ranks, train.py, /config/config.yaml, site=$site, run=$run]
+          env: [{name: OMP_NUM_THREADS, value: "1"}, {name: PYTHONUNBUFFERED, value: "1"}]
+          command: [.venv/bin/torchrun, --standalone, --nproc_per_node=$ranks, train.py, /config/config.yaml, run=$run,
+                    sites.$site.ranks=$ranks, site=$site]
           resources: {limits: {nvidia.com/gpu: $ranks}}
           volumeMounts:
             - {name: config, mountPath: /config}
             - {name: keys, mountPath: /curtail/runs/$run/keys, readOnly: true}
             - {name: data, mountPath: /curtail/data}
+            - {name: shm, mountPath: /dev/shm}     # the ranks' NCCL wants more of it than the 64 MiB that a container has
       volumes:
         - {name: config, configMap: {name: curtail-config}}
         - {name: keys, secret: {secretName: curtail-keys-$(echo "$site" | tr _ -), defaultMode: 0400}}
         - {name: data, persistentVolumeClaim: {claimName: curtail-data}}
+        - {name: shm, emptyDir: {medium: Memory}}
 END

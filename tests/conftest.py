@@ -1,5 +1,6 @@
 """What the tests share: a corpus, tiny configs, runs with real processes, and a guard that none of them stays."""
 
+import contextlib
 import json
 import os
 import random
@@ -160,6 +161,7 @@ class Runner:
         return states.load(states.manifest[-1]["round"])[0]
 
     def stop(self) -> None:
+        """Nothing of ours outlives the test, whatever way it ends; jobs are in no process group of ours, but in our folder."""
         for process in self.processes:
             try:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -167,6 +169,10 @@ class Runner:
                 continue
         for process in self.processes:
             process.wait(10)
+        for process in psutil.process_iter(["cwd"]):
+            if process.info["cwd"] == str(self.folder) and process.pid != os.getpid():
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,16 @@
-"""Provisioning: laws of the jobs against a cluster that fails in every way, then real processes, then a real Slurm."""
+"""Provisioning: laws of the jobs against a cluster that fails in every way, then real processes. Real launchers: test_launchers.py."""
 
 import os
 import random
-import re
 import shlex
-import shutil
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
-import yaml
-from conftest import CLEAN, DIRTY, REPO, processes_in
+from conftest import CLEAN, DIRTY, processes_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -313,75 +308,6 @@ def test_job_names_are_what_slurm_kubernetes_and_clouds_accept_and_differ_betwee
         provision.check(cfg)
 
 
-def readme_blocks(language: str) -> list[str]:
-    section = (REPO / "README.md").read_text().partition("## Provisioning")[2].partition("\n## ")[0]
-    return re.findall(rf"```{language}\n(.*?)```", section, re.S)
-
-
-@pytest.fixture
-def fake_tools(tmp_path, monkeypatch):
-    """Programs that only say how they were called, in a folder at the front of the PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in ("kubectl", "sky", "sbatch", "squeue", "scancel"):
-        (folder / name).write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n[ "$1" != create ] || cat\n')
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-
-
-def test_the_readmes_examples_of_commands_are_good_configs(runner, fake_tools):
-    blocks = readme_blocks("yaml")
-    assert len(blocks) == 2
-    for block in blocks:
-        (runner.folder / "my.yaml").write_text("base: config.yaml\n" + block)
-        runner.write({"texas": {}, "south_australia": {}}, clock={"mode": "wall"})
-        cfg = config.load([str(runner.folder / "my.yaml")])
-        provision.check(cfg)
-        cluster = provision.cluster_of(cfg, "south_australia", "0a1b2c", "10.0.0.1:5555")
-        job = "curtail-0a1b2c-south-australia"
-        assert all(any(job in word for word in argv) for argv in cluster.argv.values())
-        assert cluster.argv["status"][-1] == job or f"--selector=job-name={job}" in cluster.argv["status"]
-
-
-def test_the_kubernetes_example_makes_a_job_that_runs_one_site_with_its_own_key(fake_tools):
-    command = ["sh", "examples/kubernetes.sh", "curtail-0a1b2c-south-australia", "south_australia", "4", "demo"]
-    said = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
-    assert said.startswith("create\n--filename=-\n")
-    job = yaml.safe_load(said.partition("--filename=-\n")[2])
-    pod = job["spec"]["template"]["spec"]
-    (site,) = pod["containers"]
-    assert job["metadata"]["name"] == "curtail-0a1b2c-south-australia" and job["spec"]["backoffLimit"] == 0
-    assert site["command"][-4:] == ["train.py", "/config/config.yaml", "site=south_australia", "run=demo"]
-    assert site["resources"]["limits"] == {"nvidia.com/gpu": 4} and pod["terminationGracePeriodSeconds"] >= 30
-    assert {m["name"] for m in site["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
-    assert pod["volumes"][1]["secret"]["secretName"] == "curtail-keys-south-australia"
-
-
-def test_the_skypilot_example_trains_the_site_it_is_given():
-    task = yaml.safe_load((REPO / "examples" / "skypilot.yaml").read_text())
-    assert set(task["envs"]) == {"SITE", "RUN"} and "site=${SITE} run=${RUN}" in task["run"]
-    assert all("key_secret" not in path or "${SITE}.key_secret" in path for path in task["file_mounts"].values())
-
-
-def test_slurm_jobs_are_what_the_shipped_config_says(fake_tools, tmp_path, monkeypatch):
-    cfg = config.load([str(REPO / "configs" / "slurm.yaml")])
-    provision.check(cfg)
-    monkeypatch.chdir(tmp_path)
-    job = provision.cluster_of(cfg, "texas", "0a1b2c", "10.0.0.1:5555")
-    job.start(provision.threading.Event())
-    assert job.argv["start"][-5:-1] == ["--partition=texas", "--gres=gpu:4", "--cpus-per-task=32", "--time=12:00:00"]
-    script = Path(job.argv["start"][-1]).read_text()
-    assert f"cd {shlex.quote(str(tmp_path))} || exit 1" in script and "--nproc_per_node=4" in script
-    assert script.rstrip().endswith(f"{REPO}/train.py {tmp_path}/runs/slurm/config.yaml site=texas")
-    assert subprocess.run(["sh", "-n"], input=script, text=True).returncode == 0
-
-
-def test_the_readmes_script_for_two_nodes_has_only_known_placeholders():
-    (script,) = readme_blocks("sh")
-    filled = provision.fill(script, dict.fromkeys(provision.NAMES, "x"))
-    assert "{" not in filled and subprocess.run(["bash", "-n"], input=filled, text=True).returncode == 0
-
-
 # -- real processes ---------------------------------------------------------------------------------------------------
 
 WALL = {
@@ -390,16 +316,6 @@ WALL = {
 }  # fmt: skip
 QUICK = {"poll_s": 1, "backoff_s": 0.5, "start_timeout_s": 60}
 FAST = {"tokens_per_s": 2000.0}
-
-
-@pytest.fixture
-def runner(runner):
-    """As everywhere, but jobs outlive what has started them; not the test, whatever way it ends."""
-    yield runner
-    runner.stop()
-    for process in psutil.process_iter(["cwd"]):
-        if process.info["cwd"] == str(runner.folder):
-            process.kill()
 
 
 def workers(runner, site: str) -> set[int]:
@@ -481,125 +397,4 @@ def test_real_jobs_are_retried_restarted_adopted_and_stopped_and_hold_nobody_up(
     assert not processes_in(runner.folder), "nothing is left"
     assert max(r.end_s - r.start_s for r in carbon.read_intervals(str(runner.run_dir / "intervals.csv"))
                if (r.site, r.state) == ("b", "provisioning")) > 12, "the failed starts are charged"  # fmt: skip
-    all_hold(runner, argv)
-
-
-# -- Slurm ------------------------------------------------------------------------------------------------------------
-
-SLURM_CONF = """ClusterName=curtail
-SlurmctldHost={host}(127.0.0.1)
-SlurmUser={user}
-SlurmdUser={user}
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-SchedulerParameters=batch_sched_delay=0,sched_interval=1
-SlurmdParameters=config_overrides
-MpiDefault=none
-ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs=8 State=UNKNOWN
-PartitionName=west Nodes={host} Default=YES State=UP MaxTime=INFINITE
-PartitionName=south Nodes={host} State=UP MaxTime=INFINITE
-PartitionName=east Nodes={host} State=UP MaxTime=INFINITE
-"""
-
-
-def free_ports(n: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-def with_conf(folder) -> list[psutil.Process]:
-    """Processes of the Slurm whose config is in this folder, jobs included."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("SLURM_CONF") == str(folder / "slurm.conf") and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
-@pytest.fixture
-def slurm(runner, tmp_path_factory):
-    """A cluster of one node and three partitions, of this test alone. Yields the folder of its configuration."""
-    if missing := [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]:
-        pytest.skip(f"{', '.join(missing)} not found; Debian's packages slurm-wlm and munge have them")
-    folder = tmp_path_factory.mktemp("slurm")
-    for name in ("state", "spool"):
-        (folder / name).mkdir()
-    (folder / "munge.key").write_bytes(os.urandom(128))
-    (folder / "munge.key").chmod(0o600)
-    values = {"host": socket.gethostname().partition(".")[0], "user": psutil.Process().username(), "folder": folder}
-    (folder / "slurm.conf").write_text(SLURM_CONF.format(ports=free_ports(2), **values))
-    runner.env["SLURM_CONF"] = str(folder / "slurm.conf")
-    files = [f"--{what}-file={folder}/munged.{what}" for what in ("pid", "log", "seed")]
-    commands = [["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key", *files],
-                ["slurmctld", "-D"], ["slurmd", "-D"]]  # fmt: skip
-    daemons = []
-    try:
-        for command in commands:
-            log = open(folder / f"{command[0]}.out", "w")
-            daemons.append(subprocess.Popen(command, env=runner.env, stdout=log, stderr=log, start_new_session=True))
-            if command[0] == "munged":
-                until(lambda: (folder / "munge.socket").exists() or daemons[0].poll() is not None, 10)
-        ask = ["sinfo", "--noheader", "--format=%T"]
-        until(lambda: b"idle" in subprocess.run(ask, env=runner.env, capture_output=True).stdout or any(d.poll() for d in daemons), 30)
-        assert not any(d.poll() for d in daemons), [(folder / f"{c[0]}.out").read_text()[-500:] for c in commands]
-        yield folder
-    finally:
-        for process in with_conf(folder):  # slurmd waits for jobs, slurmstepd for slurmd
-            process.kill()
-        for daemon in daemons:
-            daemon.wait(10)
-
-
-@pytest.mark.slow
-def test_a_day_on_slurm_jobs_come_and_go_in_three_partitions_and_none_is_left(runner, slurm):
-    """west trains from the start, south comes and goes, east comes; nowhere names a partition that is not there."""
-
-    def queue() -> dict[str, str]:
-        jobs = subprocess.run(["squeue", "--noheader", "--format=%j %P %T"], env=runner.env, capture_output=True, text=True, check=True)
-        rows = [line.split() for line in jobs.stdout.splitlines()]
-        assert len({name for name, _, _ in rows}) == len(rows), "two jobs of one site"
-        assert all(name == f"curtail-{run_id}-{partition}" for name, partition, _ in rows)
-        return {partition: state for _, partition, state in rows}
-
-    sites = {name: FAST | {"provision": {"partition": name}} for name in ("west", "south", "east", "nowhere")}
-    windows = {"west": [CLEAN], "south": [*[CLEAN] * 4, DIRTY], "east": [DIRTY, CLEAN], "nowhere": [CLEAN]}
-    argv = runner.write(sites, windows, step_s=4, **WALL,
-                        provision={"mode": "slurm", **QUICK, "retries": 1, "options": ["--comment={run} {site}"]})  # fmt: skip
-    launch = runner.start("launch.py", *argv, log="launch")  # starts nothing but the coordinator
-    until(lambda: states(runner, "west"))
-    run_id = runner.journal()[0]["wall"]["run_id"]
-    until(lambda: queue().keys() >= {"west", "south"}, 20)
-    assert "east" not in queue() or "provisioning" in states(runner, "east")
-    until(lambda: committed_by(runner, "west") and queue()["west"] == "RUNNING")
-    until(lambda: "absent" in str(faults_of(runner, "nowhere")) or "left out" in str(faults_of(runner, "nowhere")), 30)
-    assert "nvalid partition" in faults_of(runner, "nowhere")[0] and states(runner, "nowhere") == ["provisioning", "off"]
-    until(lambda: "off" in states(runner, "south") and "south" not in queue(), 90)
-    assert queue().keys() <= {"west", "east"}
-    until(lambda: committed_by(runner, "east") and queue() == {"west": "RUNNING", "east": "RUNNING"})
-    launch.send_signal(signal.SIGINT)
-    assert launch.wait(90) == 130, runner.said("launch")
-    assert runner.journal()[-1]["reason"] == "interrupted" and "could not be stopped" not in runner.said("launch")
-    assert queue() == {} and not processes_in(runner.folder), "nothing is left"
-    assert {"local", "federated"} <= {r["mode"] for r in runner.journal() if r["type"] == "open"}
     all_hold(runner, argv)

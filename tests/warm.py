@@ -73,6 +73,7 @@ class Warm:
     def close(self) -> None:
         self._file.close()
         self._socket.close()
+        self._process.kill()  # it may still be loading torch
         self._process.wait(10)
 
 
