@@ -97,10 +97,13 @@ class Runner:
     def load(self, argv: list[str]):
         return config.load(argv)
 
-    def start(self, script: str, *argv: str, log: str | None = None) -> subprocess.Popen:
+    def start(self, script: str, *argv: str, log: str | None = None, cold: bool | None = None) -> subprocess.Popen:
+        """cold: load torch anew, as a person's command does; None: torchrun only."""
         path = self.folder / f"{log or f'{script}-{len(self.processes)}'}.log"
         under, program = self.program.get(log, []), ["-m", "torch.distributed.run"] if script == "torchrun" else [str(REPO / script)]
-        if self.warm and script != "torchrun" and not under:
+        cold = script == "torchrun" if cold is None else cold
+        if self.warm and not cold and not under:
+            program = [script] if script == "torchrun" else program
             process = self.warm.start([*program, *argv], self.folder, self.env, path)
         else:
             with open(path, "w") as out:
