@@ -404,7 +404,7 @@ class Site:
         if plan.done == 0 and self.frozen_at:
             self.stall_s = time.monotonic() - self.frozen_at - self.excused_s
         cfg, inner, total = self.cfg, self.replica.inner, 0.0
-        ids, targets = self.feed.take(batch_id, plan.batches[plan.done + 1 : plan.done + 2])
+        ids, targets = self.feed.take(batch_id, plan.batches[plan.done + 1 : plan.done + 2], plan.splits)
         rows = len(ids)
         for first, stop in split_rows(rows, plan.splits):
             position = self.position(plan, first / rows)
