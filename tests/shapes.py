@@ -1,0 +1,360 @@
+"""The shapes that a user's job can have: which there are, which of them to try, how one is run, and what each run must show.
+
+    pairwise()                   shapes in which every two settings that can meet do meet
+    lab = Lab(folder, corpus, warm)
+    lab.prove(shape)             runs it; raises AssertionError with what broke and the ends of the logs
+
+tests/test_shapes.py tries the pairwise ones, bench/shapes.py as many others as one likes. Coordinator, torchrun and its workers
+are processes of their own; they start warm (warm.py), but for those that a caller wants `cold`: there torchrun is the command that
+a person types.
+"""
+
+import json
+import math
+import random
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import combinations, product
+from pathlib import Path
+from statistics import mean
+
+import torch
+from conftest import CLEAN, DIRTY, REPO, Runner, processes_in
+from safetensors import safe_open
+
+from journal import decision
+
+# The first value of each is the plain one: where nothing decides, it is taken.
+SETTINGS = {
+    "sites": (2, 3),
+    "ranks": ("one", "two", "first", "last"),  # of each site; first, last: two at that site alone. The first sends the results
+    "parallel": ("ddp", "fsdp", "mixed"),  # of sites with several ranks; mixed: fsdp at the first, ddp at the others
+    "topology": ("ring", "star"),
+    "wire": ("fp32", "bf16", "int8"),
+    "outer": ("none", "nesterov"),
+    "matrices": ("muon", "adamw"),
+    "compile": (False, True),
+    "dtype": ("float32", "bfloat16"),
+    "checkpointing": (False, True),
+    "inner_state": ("keep", "reset"),
+    "split_steps": (True, False),
+    "clock": ("virtual", "wall"),
+}
+# What cannot meet: FSDP shards over the ranks of a site, and to be mixed takes two sites of several ranks.
+IMPOSSIBLE = (
+    {"ranks": "one", "parallel": "fsdp"},
+    {"ranks": "one", "parallel": "mixed"},
+    {"ranks": "first", "parallel": "mixed"},
+    {"ranks": "last", "parallel": "mixed"},
+)
+NAMES = ("a", "b", "c")
+RATES = {"a": 19.2, "b": 12.8, "c": 19.2}  # tokens per virtual second: 3 and 2 steps in a round
+ROWS, SEQ_LEN = 12, 16  # of a step: 2 and 3 sites' parts of it can be divided by 2 ranks
+BATCHES = {"virtual": 24, "wall": 120}
+ROUNDS = 3  # federated ones, at least
+
+
+@dataclass(frozen=True)
+class Shape:
+    sites: int = 2
+    ranks: str = "one"
+    parallel: str = "ddp"
+    topology: str = "ring"
+    wire: str = "fp32"
+    outer: str = "none"
+    matrices: str = "muon"
+    compile: bool = False
+    dtype: str = "float32"
+    checkpointing: bool = False
+    inner_state: str = "keep"
+    split_steps: bool = True
+    clock: str = "virtual"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return NAMES[: self.sites]
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """site -> ranks."""
+        several = {"one": (), "two": self.names, "first": self.names[:1], "last": self.names[-1:]}[self.ranks]
+        return {name: 1 + (name in several) for name in self.names}
+
+    @property
+    def held(self) -> dict[str, str]:
+        """site -> ddp | fsdp, how its ranks hold the model; alone: one rank."""
+        out = {name: self.parallel if ranks > 1 else "alone" for name, ranks in self.layout.items()}
+        if self.parallel == "mixed":
+            out = {name: "fsdp" if name == self.names[0] else "ddp" for name in self.names}
+        return out
+
+    @property
+    def reference(self) -> "Shape":
+        """The shape with one rank a site and nothing else that changes the arithmetic by more than rounding, if at all. Ring and
+        star keep what a lossy wire left out at different places."""
+        plain = replace(self, ranks="one", parallel="ddp", compile=False, checkpointing=False, clock="virtual")
+        return replace(plain, topology="ring") if self.wire == "fp32" else plain
+
+    def __str__(self) -> str:
+        words = [f"{self.sites}sites", "+".join(map(str, self.layout.values())), self.parallel, self.topology, self.wire, self.outer,
+                 self.matrices, *["compiled"] * self.compile, self.dtype, *["checkpointed"] * self.checkpointing, self.inner_state,
+                 "split" if self.split_steps else "whole", self.clock]  # fmt: skip
+        return "-".join(words)
+
+
+assert [f.name for f in fields(Shape)] == list(SETTINGS)
+
+
+# -- which to try -----------------------------------------------------------------------------------------------------
+
+
+def possible(settings: dict) -> bool:
+    """settings: some of a shape's or all."""
+    return not any(settings.items() >= pair.items() for pair in IMPOSSIBLE)
+
+
+def pairs() -> set[frozenset]:
+    """Every two settings that can meet: {(name, value), (name, value)}."""
+    both = (((x, v), (y, w)) for x, y in combinations(SETTINGS, 2) for v, w in product(SETTINGS[x], SETTINGS[y]))
+    return {frozenset(pair) for pair in both if possible(dict(pair))}
+
+
+def met(settings: dict) -> set[frozenset]:
+    return {frozenset(pair) for pair in combinations(settings.items(), 2)}
+
+
+def missing(shapes: list[Shape]) -> set[frozenset]:
+    """The pairs that meet in none of these shapes."""
+    return pairs() - {pair for shape in shapes for pair in met(asdict(shape))}
+
+
+def pairwise(first: tuple[Shape, ...] = (), seed: int = 2) -> list[Shape]:
+    """Few shapes, `first` among them, in which every possible pair meets; the same ones at each call.
+
+    Greedy: until no pair is missing, of some shapes that hold a missing pair the one that meets most of them. Such a shape takes
+    setting after setting, in random order, the value that meets most; of equal ones the plainest.
+    """
+    shapes, rng = list(first), random.Random(seed)
+    while left := missing(shapes):
+        seeds = sorted(left, key=lambda pair: sorted(map(str, pair)))
+        tries = [_filled(dict(rng.choice(seeds)), left, rng) for _ in range(60)]
+        shapes.append(Shape(**max(tries, key=lambda settings: (len(met(settings) & left), not settings["compile"]))))
+    return shapes
+
+
+def _filled(settings: dict, left: set[frozenset], rng: random.Random) -> dict:
+    for name in rng.sample([n for n in SETTINGS if n not in settings], len(SETTINGS) - len(settings)):
+        given = [settings | {name: value} for value in SETTINGS[name]]
+        settings = max((s for s in given if possible(s)), key=lambda s: len(met(s) & left))
+    return {name: settings[name] for name in SETTINGS}
+
+
+def random_shape(rng: random.Random) -> Shape:
+    while not possible(settings := {name: rng.choice(values) for name, values in SETTINGS.items()}):
+        pass
+    return Shape(**settings)
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run left."""
+
+    journal: list[dict]
+    summary: dict
+    losses: dict[tuple, float]  # (site, round, batch) -> nats per token, in the order of its steps
+    theta: torch.Tensor
+    held: dict[str, list[dict]]  # site -> lines of its held.jsonl
+    kept: dict[str, dict]  # site -> what its inner optimizer's file says of itself
+    said: str  # by the coordinator
+
+    @property
+    def repeatable(self) -> list[dict]:
+        return [{k: v for k, v in r.items() if k != "wall"} for r in self.journal]
+
+    @property
+    def decisions(self) -> list[str]:
+        """What follows from config and trace alone, whatever the sites compute."""
+        return [decision(r) for r in self.journal if r["type"] not in ("genesis", "eval")]
+
+
+def windows(shape: Shape) -> dict[str, list[float]]:
+    """The first site trains alone, the second joins it, a third joins in the middle of one of their rounds. On the wall clock two
+    start together, or the first had trained everything before the second is there."""
+    if shape.clock == "wall":
+        return {"a": [DIRTY] * 3 + [CLEAN], "b": [DIRTY] * 3 + [CLEAN], "c": [DIRTY] * 4 + [CLEAN]}
+    return {"a": [CLEAN], "b": [DIRTY] * 5 + [CLEAN], "c": [DIRTY] * 9 + [CLEAN]}
+
+
+def write(runner: Runner, shape: Shape) -> list[str]:
+    """The config of a shape; returns the arguments that name it."""
+    sites = {name: {"ranks": ranks, "parallel": "fsdp" if shape.held[name] == "fsdp" else "ddp", "tokens_per_s": RATES[name],
+                    "device_batch": 4, "checkpointing": shape.checkpointing} for name, ranks in shape.layout.items()}  # fmt: skip
+    per_step = ROWS * SEQ_LEN
+    changes = {
+        "budget": {"tokens": per_step * BATCHES[shape.clock]},
+        "model": {"seq_len": SEQ_LEN, "dtype": shape.dtype, "compile": shape.compile},
+        "data": {"tokens_per_step": per_step},
+        "optim": {"matrices": shape.matrices} | ({"matrix_lr": 0.003} if shape.matrices == "adamw" else {}),
+        "rounds": {"train_s": 30, "outer": shape.outer, "inner_state": shape.inner_state, "split_steps": shape.split_steps},
+        "sync": {"topology": shape.topology, "wire": shape.wire},
+        "log": {"every_steps": 1},
+    }
+    if shape.clock == "wall":
+        changes["clock"], changes["carbon"] = {"mode": "wall"}, {"max_gap_s": 10}
+        changes["rounds"] |= {"train_s": 2, "sync_s": 0.5, "commit_every_s": 1, "max_steps": 5}
+        for site in sites.values():
+            site["tokens_per_s"] = 2000.0
+    given = {name: values for name, values in windows(shape).items() if name in sites}
+    return runner.write(sites, given, step_s=1 if shape.clock == "wall" else 10, **changes)
+
+
+class Lab:
+    """Runs shapes and keeps what is asked for again: many have the same reference. Several threads may use one."""
+
+    def __init__(self, folder: Path, corpus: Path, warm, wait_s: float = 120.0):
+        self.folder, self.corpus, self.warm, self.wait_s = folder, corpus, warm, wait_s
+        self.runners: list[Runner] = []
+        self._references: dict[Shape, Future] = {}
+        self._lock = threading.Lock()
+
+    def runner(self) -> Runner:
+        with self._lock:
+            folder = self.folder / f"{len(self.runners):03d}"
+            folder.mkdir(parents=True)
+            runner = Runner(folder, self.corpus, self.corpus.parent / "tokens", self.warm)
+            runner.env |= {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "compiled"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            self.runners.append(runner)
+        return runner
+
+    def run(self, shape: Shape, cold: bool = False) -> Outcome:
+        """cold: torchrun loads torch itself, and so do its workers."""
+        runner = self.runner()
+        argv = write(runner, shape)
+        try:
+            self._run(runner, shape, argv, cold)
+            check = runner.call("coordinator.py", "check", "runs/tiny")
+            assert check.returncode == 0 and "BROKEN" not in check.stdout, check.stdout
+            return outcome(runner, shape)
+        except BaseException as error:
+            error.add_note(f"{shape}\n" + ends(runner))
+            raise
+        finally:
+            runner.stop()
+
+    def _run(self, runner: Runner, shape: Shape, argv: list[str], cold: bool) -> None:
+        sites = [] if shape.clock == "virtual" else self._sites(runner, shape, argv, cold)  # wall: ready when windows open
+        head = runner.start("coordinator.py", *argv, log="coordinator")
+        sites = sites or self._sites(runner, shape, argv, cold)
+        codes = [process.wait(seconds) for process, seconds in zip([head, *sites], [self.wait_s] + [30.0] * len(sites))]
+        assert codes == [0] * len(codes), f"exit codes of coordinator and sites: {codes}"
+        until = time.monotonic() + 10
+        while stray := processes_in(runner.folder):
+            assert time.monotonic() < until, f"left behind: {stray}"
+            time.sleep(0.05)
+
+    def _sites(self, runner: Runner, shape: Shape, argv: list[str], cold: bool) -> list:
+        return [
+            runner.start("torchrun", "--standalone", f"--nproc_per_node={ranks}", str(REPO / "train.py"), *argv, f"site={name}",
+                         log=name, cold=cold) for name, ranks in shape.layout.items()
+        ]  # fmt: skip
+
+    def reference(self, shape: Shape) -> Outcome:
+        with self._lock:
+            ours = shape.reference not in self._references
+            kept = self._references.setdefault(shape.reference, Future())
+        if ours:
+            try:
+                kept.set_result(self.run(shape.reference))
+            except BaseException as error:
+                kept.set_exception(error)
+        return kept.result()
+
+    def prove(self, shape: Shape, cold: bool = False) -> None:
+        """All that a shape must show. cold: its first run."""
+        once = self.run(shape, cold)
+        sound(shape, once)
+        if shape.clock == "wall":
+            return  # when a round ends is up to the machine: nothing else to compare with
+        one = self.reference(shape)
+        twice = one if shape == shape.reference else self.run(shape)
+        assert once.repeatable == twice.repeatable, f"{shape}: twice run, two journals"
+        assert torch.equal(once.theta, twice.theta), f"{shape}: twice run, two models"
+        alike(shape, once, one)
+
+    def close(self) -> None:
+        for runner in self.runners:
+            runner.stop()
+
+
+def outcome(runner: Runner, shape: Shape) -> Outcome:
+    def lines(path: Path) -> list[dict]:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    folder = runner.run_dir
+    steps = [(name, r) for name in shape.names for r in lines(folder / f"{name}.jsonl")]
+    losses = {(name, r["round"], r["batch"]): r["loss"] for name, r in sorted(steps, key=lambda x: (x[1]["t_s"], x[0]))}
+    kept = {}
+    for name in shape.names:
+        with safe_open(max((folder / "sites" / name).glob("inner-*-0.safetensors")), framework="pt") as file:
+            kept[name] = file.metadata()
+    held = {name: lines(folder / "sites" / name / "held.jsonl") for name in shape.names}
+    return Outcome(runner.journal(), runner.summary(), losses, runner.theta(), held, kept, runner.said())
+
+
+def ends(runner: Runner) -> str:
+    """The end of every log and of the journal."""
+    paths = [*sorted(runner.folder.glob("*.log")), *runner.folder.glob("runs/*/journal.jsonl")]
+    return "\n".join(f"--- {path.name}\n{path.read_text()[-2500:]}" for path in paths)
+
+
+# -- what it must show ------------------------------------------------------------------------------------------------
+
+
+def sound(shape: Shape, run: Outcome) -> None:
+    """What holds of one run alone."""
+    commits = [r for r in run.journal if r["type"] == "commit"]
+    attempts = {r["round"]: r for r in run.journal if r["type"] == "attempt"}
+    for name, ranks in shape.layout.items():  # or it is not the shape we think
+        assert any(line.startswith(f"{name} ") and f"{ranks} rank(s)" in line for line in run.said.splitlines()), (shape, name)
+        about = {k: run.kept[name][k] for k in ("ranks", "parallel")}
+        assert about == {"ranks": str(ranks), "parallel": shape.held[name]}, (shape, name)
+    assert len(attempts) >= ROUNDS and set(attempts) <= {r["round"] for r in commits}, f"{shape}: federated {sorted(attempts)}"
+    assert {m for r in attempts.values() for m in r["members"]} == set(shape.names)
+    assert not [r for r in run.journal if r["type"] == "fault"]
+    assert run.summary["tokens"] == sum(r["tokens"] for r in commits) == ROWS * SEQ_LEN * BATCHES[shape.clock]
+    stored = {r["round"]: r["digest_theta"] for r in run.journal if r["type"] == "store"}
+    for number, attempt in attempts.items():
+        digests = {x["digest"] for m in attempt["members"] for x in run.held[m] if x["round"] == number + 1}
+        assert digests == {stored[number + 1]}, f"{shape}: round {number} has {digests}, the head node {stored[number + 1]}"
+    losses = list(run.losses.values())
+    quarter = len(losses) // 4
+    assert all(map(math.isfinite, losses)) and mean(losses[-quarter:]) < 0.9 * mean(losses[:quarter]), f"{shape}: {losses}"
+    if shape.clock == "virtual":
+        assert next(r["mode"] for r in run.journal if r["type"] == "open") == "local"
+        members = {r["round"]: r["members"] for r in run.journal if r["type"] == "open"}
+        joined = {m for number, r in attempts.items() for m in r["members"] if m not in members[number]}
+        assert joined == set(shape.names[2:]), "the third site joins in the middle of a round"
+
+
+def alike(shape: Shape, run: Outcome, one: Outcome) -> None:
+    """What holds of a run and that of its reference, whose sites have one rank."""
+    assert run.decisions == one.decisions, f"{shape}: who trains what is not up to the ranks"
+    assert list(run.losses) == list(one.losses)
+    off = furthest(run, one)
+    if exact(shape):
+        assert torch.equal(run.theta, one.theta), f"{shape} must give the bits of {shape.reference}; losses {off:.1e} apart"
+
+
+def exact(shape: Shape) -> bool:
+    """Whether it does the sums of its reference in the same order."""
+    return shape.ranks == "one" and not shape.compile
+
+
+def furthest(run: Outcome, one: Outcome, steps: int | None = None) -> float:
+    pairs_ = list(zip(run.losses.values(), one.losses.values()))[:steps]
+    return max(abs(x - y) / y for x, y in pairs_)
