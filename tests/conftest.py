@@ -48,14 +48,19 @@ CLEAN, DIRTY = 20.0, 500.0
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    """A folder of text that never changes: 150 documents of made-up words, common ones more often."""
-    folder, rng = tmp_path_factory.mktemp("corpus"), random.Random(0)
+def write_corpus(folder: Path) -> None:
+    """Text that never changes: 150 documents of made-up words, common ones more often."""
+    rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 7))) for _ in range(400)]
     often = [1 / (i + 1) for i in range(len(words))]
     for i in range(150):
         (folder / f"{i:04d}.txt").write_text(" ".join(rng.choices(words, often, k=400)) + ".\n")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
     return folder
 
 
