@@ -188,8 +188,9 @@ class Outcome:
 
     @property
     def decisions(self) -> list[str]:
-        """What follows from config and trace alone, whatever the sites compute."""
-        return [decision(r) for r in self.journal if r["type"] not in ("genesis", "eval")]
+        """What follows from config and trace alone, whatever the sites compute and however they average it."""
+        records = [r for r in self.journal if r["type"] not in ("genesis", "eval")]
+        return [decision({k: v for k, v in r.items() if k != "topology"}) for r in records]
 
 
 def windows(shape: Shape) -> dict[str, list[float]]:
@@ -202,8 +203,12 @@ def windows(shape: Shape) -> dict[str, list[float]]:
 
 def write(runner: Runner, shape: Shape) -> list[str]:
     """The config of a shape; returns the arguments that name it."""
-    sites = {name: {"ranks": ranks, "parallel": "fsdp" if shape.held[name] == "fsdp" else "ddp", "tokens_per_s": RATES[name],
-                    "device_batch": 1 if shape.compile else 4, "checkpointing": shape.checkpointing} for name, ranks in shape.layout.items()}  # fmt: skip
+    every = {"checkpointing": shape.checkpointing, "device_batch": 4}
+    if shape.compile:  # pieces of one size: one graph
+        every["device_batch"] = 1
+    sites = {name: every | {"ranks": ranks, "tokens_per_s": RATES[name]} for name, ranks in shape.layout.items()}
+    for name, how in shape.held.items():
+        sites[name]["parallel"] = "fsdp" if how == "fsdp" else "ddp"
     per_step = ROWS * SEQ_LEN
     changes = {
         "budget": {"tokens": per_step * BATCHES[shape.clock]},

@@ -174,7 +174,7 @@ if __name__ == "__main__":
     import numpy  # noqa: F401
     import omegaconf  # noqa: F401
     import torch._dynamo  # the first optimizer asks for it
-    import torch.distributed.run
+    import torch.distributed.run  # noqa: F401
 
     assert threading.active_count() == 1
     job = serve(socket.socket(fileno=int(sys.argv[1])))
