@@ -22,8 +22,9 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from conftest import CLEAN, DIRTY, REPO, Runner, processes_in
+from conftest import CLEAN, DIRTY, ENV, REPO, Runner, processes_in
 from safetensors import safe_open
+from warm import Warm
 
 from journal import decision
 
@@ -232,24 +233,29 @@ def write(runner: Runner, shape: Shape) -> list[str]:
 class Lab:
     """Runs shapes and keeps what is asked for again: many have the same reference. Several threads may use one."""
 
-    def __init__(self, folder: Path, corpus: Path, warm, wait_s: float = 120.0):
-        self.folder, self.corpus, self.warm, self.wait_s = folder, corpus, warm, wait_s
+    def __init__(self, folder: Path, corpus: Path, warm: Warm | None):
+        """warm: None: everything starts cold."""
+        self.folder, self.corpus, self.warm = folder, corpus, warm
+        self.compiling: Warm | None = None  # has what compiles loaded, too
         self.runners: list[Runner] = []
         self._references: dict[Shape, Future] = {}
         self._lock = threading.Lock()
 
-    def runner(self) -> Runner:
+    def runner(self, compiles: bool) -> Runner:
         with self._lock:
+            if compiles and self.warm and not self.compiling:
+                self.compiling = Warm(ENV, ("torch._inductor.compile_fx",))
             folder = self.folder / f"{len(self.runners):03d}"
             folder.mkdir(parents=True)
-            runner = Runner(folder, self.corpus, self.corpus.parent / "tokens", self.warm)
+            warm = self.compiling if compiles else self.warm
+            runner = Runner(folder, self.corpus, self.corpus.parent / "tokens", warm)
             runner.env |= COMPILE | {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "compiled")}
             self.runners.append(runner)
         return runner
 
     def run(self, shape: Shape, cold: bool = False) -> Outcome:
         """cold: torchrun loads torch itself, and so do its workers."""
-        runner = self.runner()
+        runner = self.runner(shape.compile)
         argv = write(runner, shape)
         try:
             self._run(runner, shape, argv, cold)
@@ -266,7 +272,9 @@ class Lab:
         sites = [] if shape.clock == "virtual" else self._sites(runner, shape, argv, cold)  # wall: ready when windows open
         head = runner.start("coordinator.py", *argv, log="coordinator")
         sites = sites or self._sites(runner, shape, argv, cold)
-        codes = [process.wait(seconds) for process, seconds in zip([head, *sites], [self.wait_s] + [30.0] * len(sites))]
+        codes = [
+            process.wait(seconds) for process, seconds in zip([head, *sites], [600.0 if shape.compile else 120.0] + [30.0] * len(sites))
+        ]
         assert codes == [0] * len(codes), f"exit codes of coordinator and sites: {codes}"
         until = time.monotonic() + 10
         while stray := processes_in(runner.folder):
@@ -277,11 +285,11 @@ class Lab:
         """One rank needs no torchrun (parallel.Ranks), and starts sooner without."""
         started = []
         for name, ranks in shape.layout.items():
-            own = [*argv, f"site={name}"]
-            if ranks == 1 and not cold:
-                started.append(runner.start("train.py", *own, log=name))
+            own = [str(REPO / "train.py"), *argv, f"site={name}"]
+            if ranks == 1:
+                started.append(runner.start(*own, log=name))
             else:
-                agent = ["--standalone", f"--nproc_per_node={ranks}", str(REPO / "train.py")]
+                agent = ["--standalone", f"--nproc_per_node={ranks}"]
                 started.append(runner.start("torchrun", *agent, *own, log=name, cold=cold))
         return started
 
@@ -311,6 +319,9 @@ class Lab:
     def close(self) -> None:
         for runner in self.runners:
             runner.stop()
+        if self.compiling:
+            self.compiling.close()
+            self.compiling = None
 
 
 def outcome(runner: Runner, shape: Shape) -> Outcome:
@@ -367,9 +378,11 @@ def alike(shape: Shape, run: Outcome, one: Outcome) -> None:
     """What holds of a run and that of its reference, whose sites have one rank."""
     assert run.decisions == one.decisions, f"{shape}: who trains what is not up to the ranks"
     assert list(run.losses) == list(one.losses)
-    off = furthest(run, one)
+    for steps, bound in bounds(shape).items():
+        off = furthest(run, one, steps)
+        assert off < bound, f"{shape}: {off:.1e} from one rank a site over {steps} steps, bound {bound:.0e}"
     if exact(shape):
-        assert torch.equal(run.theta, one.theta), f"{shape} must give the bits of {shape.reference}; losses {off:.1e} apart"
+        assert torch.equal(run.theta, one.theta), f"{shape} must give the bits of {shape.reference}"
 
 
 def exact(shape: Shape) -> bool:
@@ -377,6 +390,16 @@ def exact(shape: Shape) -> bool:
     return shape.ranks == "one" and not shape.compile
 
 
-def furthest(run: Outcome, one: Outcome, steps: int | None = None) -> float:
-    pairs_ = list(zip(run.losses.values(), one.losses.values()))[:steps]
-    return max(abs(x - y) / y for x, y in pairs_)
+def bounds(shape: Shape) -> dict[int, float]:
+    """The first so many steps -> how far their losses may be from the reference's, relative."""
+    if shape.dtype == "bfloat16":  # rounds to 2e-3: an average of some hundred tokens that rounded otherwise; measured 1.5e-3
+        return {5: 1e-3, BATCHES["virtual"]: 5e-3}
+    if shape.matrices == "muon":  # as in test_ranks.py: Newton-Schulz in bfloat16 amplifies rounding; measured 7e-5
+        return {5: 1e-4, BATCHES["virtual"]: 5e-3}
+    return {BATCHES["virtual"]: 1e-5}
+
+
+def furthest(run: Outcome, one: Outcome, steps: int) -> float:
+    """The largest relative difference of the losses of the first steps."""
+    both = list(zip(run.losses.values(), one.losses.values()))[:steps]
+    return max(abs(x - y) / y for x, y in both)

@@ -92,7 +92,7 @@ def test_a_shape_is_where_its_reference_is_but_for_what_only_rounds():
 
 @pytest.mark.parametrize("ranks, splits", [(1, 1), (1, 3), (2, 1), (2, 2), (2, 3), (3, 2), (4, 3)])
 def test_an_inner_step_sees_the_same_rows_however_many_ranks_there_are(runner, ranks, splits):
-    argv = runner.write({"a": {}}, model={"seq_len": 16}, data={"tokens_per_step": 12 * 16})
+    argv = runner.write({"a": {}}, model={"seq_len": 16}, data={"tokens_per_step": 12 * 16}, budget={"tokens": 12 * 16})
     corpus = Corpus(runner.load(argv))
     whole, _ = corpus.batch(5)
     taken = [Feed(corpus, rank, ranks, torch.device("cpu")).take(5, [], splits)[0] for rank in range(ranks)]

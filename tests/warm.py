@@ -12,6 +12,7 @@ rendezvous, store and environment; only that it forks its workers, which it othe
 
 import atexit
 import ctypes
+import importlib
 import json
 import os
 import runpy
@@ -56,10 +57,10 @@ class Process:
 
 
 class Warm:
-    def __init__(self, env: dict[str, str]):
-        """env: what is read while torch is loaded, e.g. OMP_NUM_THREADS."""
+    def __init__(self, env: dict[str, str], more: tuple[str, ...] = ()):
+        """env: what is read while torch is loaded, e.g. OMP_NUM_THREADS. more: modules to be loaded, too."""
         ours, theirs = socket.socketpair()
-        argv = [sys.executable, __file__, str(theirs.fileno())]
+        argv = [sys.executable, __file__, str(theirs.fileno()), *more]
         self._process = subprocess.Popen(argv, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
         self._socket, self._file, self._asking = ours, ours.makefile("rw"), threading.Lock()
@@ -176,6 +177,8 @@ if __name__ == "__main__":
     import torch._dynamo  # the first optimizer asks for it
     import torch.distributed.run  # noqa: F401
 
+    for module in sys.argv[2:]:
+        importlib.import_module(module)
     assert threading.active_count() == 1
     job = serve(socket.socket(fileno=int(sys.argv[1])))
     become(job)
