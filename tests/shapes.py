@@ -224,6 +224,7 @@ def write(runner: Runner, shape: Shape) -> list[str]:
     if shape.clock == "wall":
         changes["clock"], changes["carbon"]["max_gap_s"] = {"mode": "wall"}, 10
         changes["rounds"] |= {"train_s": 2, "sync_s": 0.5, "commit_every_s": 1, "max_steps": 5}
+        changes["rounds"]["grace_s"] = 300  # one compiles in its first round, others have
         for site in sites.values():
             site["tokens_per_s"] = 2000.0
     given = {name: values for name, values in windows(shape).items() if name in sites}
@@ -253,12 +254,12 @@ class Lab:
             self.runners.append(runner)
         return runner
 
-    def run(self, shape: Shape, cold: bool = False) -> Outcome:
-        """cold: torchrun loads torch itself, and so do its workers."""
+    def run(self, shape: Shape, cold: bool = False, fault: str = "none") -> Outcome:
+        """cold: torchrun loads torch itself, and so do its workers. fault: what befalls the first site (faulty.py)."""
         runner = self.runner(shape.compile)
         argv = write(runner, shape)
         try:
-            self._run(runner, shape, argv, cold)
+            self._run(runner, shape, argv, cold, fault)
             check = runner.call("coordinator.py", "check", "runs/tiny")
             assert check.returncode == 0 and "BROKEN" not in check.stdout, check.stdout
             return outcome(runner, shape)
@@ -268,24 +269,24 @@ class Lab:
         finally:
             runner.stop()
 
-    def _run(self, runner: Runner, shape: Shape, argv: list[str], cold: bool) -> None:
-        sites = [] if shape.clock == "virtual" else self._sites(runner, shape, argv, cold)  # wall: ready when windows open
+    def _run(self, runner: Runner, shape: Shape, argv: list[str], cold: bool, fault: str) -> None:
+        sites = [] if shape.clock == "virtual" else self._sites(runner, shape, argv, cold, fault)  # wall: ready when windows open
         head = runner.start("coordinator.py", *argv, log="coordinator")
-        sites = sites or self._sites(runner, shape, argv, cold)
-        codes = [
-            process.wait(seconds) for process, seconds in zip([head, *sites], [600.0 if shape.compile else 120.0] + [30.0] * len(sites))
-        ]
+        sites = sites or self._sites(runner, shape, argv, cold, fault)
+        codes = [head.wait(600 if shape.compile else 120), *(site.wait(30) for site in sites)]
         assert codes == [0] * len(codes), f"exit codes of coordinator and sites: {codes}"
         until = time.monotonic() + 10
         while stray := processes_in(runner.folder):
             assert time.monotonic() < until, f"left behind: {stray}"
             time.sleep(0.05)
 
-    def _sites(self, runner: Runner, shape: Shape, argv: list[str], cold: bool) -> list:
+    def _sites(self, runner: Runner, shape: Shape, argv: list[str], cold: bool, fault: str) -> list:
         """One rank needs no torchrun (parallel.Ranks), and starts sooner without."""
         started = []
         for name, ranks in shape.layout.items():
             own = [str(REPO / "train.py"), *argv, f"site={name}"]
+            if fault != "none" and name == shape.names[0]:
+                own = [str(REPO / "tests/faulty.py"), "0", fault, "train.py", *own[1:]]
             if ranks == 1:
                 started.append(runner.start(*own, log=name))
             else:
