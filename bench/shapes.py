@@ -1,10 +1,10 @@
-"""Random shapes of users' jobs, each run and proved as tests/test_shapes.py does with a few: as many as one likes.
+"""Random shapes of users' jobs, as many as one likes, each proved as tests/test_shapes.py does with a few.
 
     python bench/shapes.py [--runs 20] [--seed 1] [--at-once 2] [--keep DIR]
 
-One line a shape: its settings, seconds, and `ok` or what broke, with the ends of the logs; exit code 1 if anything did. The same
-seed gives the same shapes. About 20 s a shape on 2 cores, twice that where it is compiled. Linux: elsewhere torchrun starts cold.
-"""
+One line a shape: its settings, seconds, and `ok` or what broke, with the ends of the logs; exit code 1 if
+anything did. The same seed gives the same shapes. Some 15 s a shape on 2 cores, three times that where it is
+compiled. Where there is no Linux, torchrun starts cold. """
 
 import argparse
 import os

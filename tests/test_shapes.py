@@ -1,20 +1,22 @@
-"""The shapes of real users' jobs: sites, ranks, how they hold the model, what they average and how, compiled or not, either clock.
+"""The shapes of users' jobs: sites, ranks, how these hold the model, how sites average it, what is computed.
 
-Every two settings that can meet do meet in one of some 20 runs (shapes.py: the settings, the covering, what a run must show):
-coordinator and sites end well, `coordinator.py check` holds, all sites agree on each round's bits, the losses are those of one rank a
-site, and on the virtual clock the same run once more gives the same bits.
+Every two settings that can meet do meet in one of 15 shapes (shapes.py: the settings, the covering, what a
+run must show). Coordinator and sites end well, `coordinator.py check` holds, all sites agree on each round's
+bits; on the virtual clock the losses are those of one rank a site, and the same run once more gives the same
+bits.
 
-Real torchrun, as typed, starts the several ranks of the two smallest shapes, one under DDP, one under FSDP2. All others start warm: the
-same agent, whose workers are forked with torch loaded (warm.py), and sites of one rank without it.
-"""
+Real torchrun, as typed, starts the several ranks of the two smallest shapes, one under DDP, one under FSDP2.
+All others start warm: the same agent, whose workers are forked with torch loaded (warm.py), and sites of one
+rank without it. """
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import combinations, product
 
 import pytest
+import shapes
 import torch
-from shapes import IMPOSSIBLE, SETTINGS, SMALLEST, Lab, Shape, alike, compiler, missing, pairs, pairwise, possible, sound
+from shapes import SETTINGS, SMALLEST, Lab, Shape, missing, pairwise
 
 from data import Corpus, Feed, split_rows
 
@@ -22,9 +24,10 @@ PAIRWISE = pairwise()
 AT_ONCE = 2  # runs: they wait for one another's starts more than for a core
 
 
-def params(shapes: list[Shape], *marks):
-    no_compiler = pytest.mark.skipif(not compiler(), reason="model.compile needs a C++ compiler, and neither g++ nor c++ is here")
-    return [pytest.param(s, id=str(s), marks=[*marks, *[no_compiler] * s.compile]) for s in shapes]
+def params(tried: list[Shape], *marks):
+    reason = "model.compile needs a C++ compiler, and neither g++ nor c++ is here"
+    no_compiler = pytest.mark.skipif(not shapes.compiler(), reason=reason)
+    return [pytest.param(s, id=str(s), marks=[*marks, *[no_compiler] * s.compile]) for s in tried]
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +39,12 @@ def lab(tmp_path_factory, corpus, warm):
 
 @pytest.fixture(scope="module")
 def proofs(request, lab):
-    """shape -> the Future of its proof, of all that were asked for: AT_ONCE are under way while one is awaited."""
-    asked = [i for i in request.session.items if i.path == request.path and "proofs" in i.fixturenames]
-    asked = [i.callspec.params["shape"] for i in asked if not any(m.args[0] for m in i.iter_markers("skipif"))]
+    """shape -> the Future of its proof, of all that are asked for: AT_ONCE are under way at a time."""
+    items = [i for i in request.session.items if i.path == request.path and "proofs" in i.fixturenames]
+    asked = [i.callspec.params["shape"] for i in items]
+    asked = [shape for shape in asked if shapes.compiler() or not shape.compile]
     pool = ThreadPoolExecutor(AT_ONCE)
-    yield {shape: pool.submit(lab.prove, shape, shape in SMALLEST) for shape in asked}
+    yield {shape: pool.submit(lab.prove, shape, shape == SMALLEST[0]) for shape in asked}
     lab.close()
     pool.shutdown(cancel_futures=True)
 
@@ -52,30 +56,33 @@ def test_a_shape_holds(proofs, shape):
 
 @pytest.mark.parametrize("shape", params(SMALLEST))
 def test_the_smallest_of_several_ranks_hold_under_torchrun_itself(lab, shape):
-    run = lab.run(shape, cold=True)
-    sound(shape, run)
-    alike(shape, run, lab.reference(shape))
+    run = lab.run(shape, cold=True, check=True)
+    shapes.sound(shape, run)
+    shapes.alike(shape, run, lab.reference(shape))
 
 
 @pytest.mark.slow
 def test_a_site_of_two_ranks_sends_again_what_arrived_damaged(lab):
     """Either site may be asked: the sender of a local round itself, of a federated one the other."""
-    run = lab.run(Shape(ranks="two", clock="wall"), fault="upload:2")
+    run = lab.run(Shape(ranks="two", clock="wall"), fault="upload:2", check=True)
     faults = [r["kind"] for r in run.journal if r["type"] == "fault"]
     assert faults in (["spoiled upload"], ["wrong base"]), "damaged, noticed, and nobody lost over it"
     assert run.summary["tokens"] == sum(r["tokens"] for r in run.journal if r["type"] == "commit")
 
 
-# -- the covering -----------------------------------------------------------------------------------------------------
+# -- the covering --------------------------------------------------------------------------------------------
 
 
 def test_every_two_settings_that_can_meet_do():
-    every = {((x, v), (y, w)) for x, y in combinations(SETTINGS, 2) for v, w in product(SETTINGS[x], SETTINGS[y])}
-    cannot = {(("ranks", r), ("parallel", p)) for r, p in (("one", "fsdp"), ("one", "mixed"), ("first", "mixed"), ("last", "mixed"))}
+    names = combinations(SETTINGS, 2)
+    every = {((x, v), (y, w)) for x, y in names for v, w in product(SETTINGS[x], SETTINGS[y])}
+    never = (("one", "fsdp"), ("one", "mixed"), ("first", "mixed"), ("last", "mixed"))
+    cannot = {(("ranks", ranks), ("parallel", parallel)) for ranks, parallel in never}
     both = {pair for shape in PAIRWISE for pair in combinations(asdict(shape).items(), 2)}
     assert both == every - cannot, every - cannot - both
-    assert pairs() == {frozenset(pair) for pair in every - cannot} and len(cannot) == len(IMPOSSIBLE)
-    assert all(possible(asdict(shape)) for shape in PAIRWISE) and set(SMALLEST) <= set(PAIRWISE)
+    assert shapes.pairs() == {frozenset(pair) for pair in every - cannot}
+    assert len(cannot) == len(shapes.IMPOSSIBLE)
+    assert all(shapes.possible(asdict(shape)) for shape in PAIRWISE) and set(SMALLEST) <= set(PAIRWISE)
 
 
 def test_a_covering_without_its_last_shape_or_with_a_setting_taken_away_is_found_out():
@@ -93,7 +100,8 @@ def test_the_covering_is_the_same_each_time_and_small():
 
 def test_a_shape_is_where_its_reference_is_but_for_what_only_rounds():
     for shape in PAIRWISE:
-        free = {"ranks", "parallel", "compile", "checkpointing", "clock"} | ({"topology"} if shape.wire == "fp32" else set())
+        free = {"ranks", "parallel", "compile", "checkpointing", "clock"}
+        free |= {"topology"} if shape.wire == "fp32" else set()
         ours, plain = asdict(shape), asdict(shape.reference)
         assert {name for name in SETTINGS if ours[name] != plain[name]} <= free
         assert shape.reference.reference == shape.reference and set(shape.reference.layout.values()) == {1}
@@ -101,8 +109,8 @@ def test_a_shape_is_where_its_reference_is_but_for_what_only_rounds():
 
 @pytest.mark.parametrize("ranks, splits", [(1, 1), (1, 3), (2, 1), (2, 2), (2, 3), (3, 2), (4, 3)])
 def test_an_inner_step_sees_the_same_rows_however_many_ranks_there_are(runner, ranks, splits):
-    argv = runner.write({"a": {}}, model={"seq_len": 16}, data={"tokens_per_step": 12 * 16}, budget={"tokens": 12 * 16})
-    corpus = Corpus(runner.load(argv))
+    changes = {"model": {"seq_len": 16}, "data": {"tokens_per_step": 12 * 16}, "budget": {"tokens": 12 * 16}}
+    corpus = Corpus(runner.load(runner.write({"a": {}}, **changes)))
     whole, _ = corpus.batch(5)
     taken = [Feed(corpus, rank, ranks, torch.device("cpu")).take(5, [], splits)[0] for rank in range(ranks)]
     for (first, stop), (a, b) in zip(split_rows(12, splits), split_rows(12 // ranks, splits), strict=True):

@@ -106,6 +106,8 @@ def become(job: dict) -> None:
     os.closerange(3, 256)  # above all the way back to the tests
     os.environ.clear()
     os.environ.update(job["env"])
+    if prefix := job["env"].get("WARM_PYCACHE"):  # here alone: what starts cold has torch compiled already
+        sys.pycache_prefix, sys.dont_write_bytecode = prefix, False
 
 
 def die_with_parent() -> None:
