@@ -4,7 +4,8 @@
 
 One line a shape: its settings, seconds, and `ok` or what broke, with the ends of the logs; exit code 1 if
 anything did. The same seed gives the same shapes. Some 15 s a shape on 2 cores, three times that where it is
-compiled. Where there is no Linux, torchrun starts cold. """
+compiled. Where there is no Linux, torchrun starts cold.
+"""
 
 import argparse
 import os

@@ -6,7 +6,8 @@
 
 tests/test_shapes.py tries the pairwise ones, bench/shapes.py as many others as one likes. Coordinator,
 torchrun and its workers are processes of their own; they start warm (warm.py), but for those that a caller
-wants `cold`: there torchrun is the command that a person types. """
+wants `cold`: there torchrun is the command that a person types.
+"""
 
 import json
 import math
@@ -149,7 +150,8 @@ def pairwise() -> list[Shape]:
 
     Greedy: until no pair is missing, of some shapes that hold a missing pair the one that meets most of
     them; to be compiled must be worth DEAR more. Such a shape takes setting after setting, in random order,
-    the value that meets most; of equal ones the plainest. """
+    the value that meets most; of equal ones the plainest.
+    """
     shapes, rng = list(SMALLEST), random.Random(SEED)
     while left := missing(shapes):
         seeds = sorted(left, key=lambda pair: sorted(map(str, pair)))

@@ -7,7 +7,8 @@ bits.
 
 Real torchrun, as typed, starts the several ranks of the two smallest shapes, one under DDP, one under FSDP2.
 All others start warm: the same agent, whose workers are forked with torch loaded (warm.py), and sites of one
-rank without it. """
+rank without it.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
