@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-clients bench-policies bench-deadline bench-sync bench-links bench-flower bench-train day-gpu storm bench-recovery ablation referee clean
+.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-clients bench-policies bench-deadline bench-sync bench-links bench-flower bench-train day-gpu storm bench-recovery shapes ablation referee clean
 
 FULL := ours paper paper_two_site paper_centralized
 MINI := mini_ours mini_paper mini_two_site mini_centralized
-CLOCKLESS := $(addprefix tests/test_,rounds.py paper.py interop.py model.py ranks.py)
+CLOCKLESS := $(addprefix tests/test_,rounds.py paper.py interop.py model.py ranks.py shapes.py)
 
 $(READY): requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -86,6 +86,9 @@ storm: $(READY)  ## 50 real faults on a real run, then the bill, for three seeds
 
 bench-recovery: $(READY)  ## deaths in the middle of an average: notice, recovery, rejoin; about 6 minutes
 	$(BIN)/python bench/recovery.py
+
+shapes: $(READY)  ## 30 random shapes of jobs: sites, ranks, FSDP, wires, compiled, ...; each run three times, about 10 minutes
+	$(BIN)/python bench/shapes.py --runs 30
 
 ablation: $(READY)  ## which protocol learns best: 50 minutes on 2 cores
 	$(BIN)/python bench/ablation.py

@@ -729,22 +729,26 @@ class Feed:
     pinned memory."""
 
     def __init__(self, corpus: Corpus, rank: int, ranks: int, device: torch.device):
-        self.corpus, self.rank, self.ranks, self.rows, self.device = corpus, rank, ranks, corpus.rows // ranks, device
+        self.corpus, self.rank, self.ranks, self.device = corpus, rank, ranks, device
+        self.rows = corpus.rows // ranks
         self._reader, self._ahead = ThreadPoolExecutor(1, "feed"), (None, None)
 
     def take(self, batch: int, then: list[int], splits: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of a batch, each (rows, seq_len) int64; `then`: the one likely to come next, if any is.
+        """Inputs and targets of a batch, each (rows, seq_len) int64; `then`: the one likely to come next, if any.
 
-        splits: inner steps that share the batch. Our part i, of `split_rows`, is our share of part i of the whole batch, so that a
-        step sees the same rows however many ranks there are, where ranks x splits divide the rows of a batch."""
-        ready = self._ahead[1] if self._ahead[0] == (batch, splits) else self._reader.submit(self._read, batch, splits)
-        pair = ready.result()
-        self._ahead = ((then[0], splits), self._reader.submit(self._read, then[0], splits)) if then else (None, None)
+        splits: inner steps that share the batch. Our part i, of `split_rows`, is our share of part i of the whole
+        batch: a step sees the same rows however many ranks there are, if ranks x splits divide the rows."""
+        here, ready = self._ahead
+        pair = (ready if here == (batch, splits) else self._reader.submit(self._read, batch, splits)).result()
+        self._ahead = (None, None)
+        if then:
+            self._ahead = (then[0], splits), self._reader.submit(self._read, then[0], splits)
         return tuple(t.to(self.device, non_blocking=True) for t in pair)
 
     def _read(self, batch: int, splits: int) -> tuple[torch.Tensor, ...]:
-        shares = [(first * self.ranks + self.rank * (stop - first), stop - first) for first, stop in split_rows(self.rows, splits)]
-        pair = [torch.cat(parts) for parts in zip(*(self.corpus.batch(batch, first, rows) for first, rows in shares))]
+        parts = split_rows(self.rows, splits)
+        ours = [(first * self.ranks + self.rank * (stop - first), stop - first) for first, stop in parts]
+        pair = [torch.cat(both) for both in zip(*(self.corpus.batch(batch, first, rows) for first, rows in ours))]
         return tuple(t.contiguous().pin_memory() for t in pair) if self.device.type == "cuda" else tuple(pair)
 
 

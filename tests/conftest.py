@@ -49,14 +49,19 @@ CLEAN, DIRTY = 20.0, 500.0
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    """A folder of text that never changes: 150 documents of made-up words, common ones more often."""
-    folder, rng = tmp_path_factory.mktemp("corpus"), random.Random(0)
+def write_corpus(folder: Path) -> None:
+    """Text that never changes: 150 documents of made-up words, common ones more often."""
+    rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 7))) for _ in range(400)]
     often = [1 / (i + 1) for i in range(len(words))]
     for i in range(150):
         (folder / f"{i:04d}.txt").write_text(" ".join(rng.choices(words, often, k=400)) + ".\n")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
     return folder
 
 
@@ -98,10 +103,13 @@ class Runner:
     def load(self, argv: list[str]):
         return config.load(argv)
 
-    def start(self, script: str, *argv: str, log: str | None = None) -> subprocess.Popen:
+    def start(self, script: str, *argv: str, log: str | None = None, cold: bool | None = None) -> subprocess.Popen:
+        """cold: load torch anew, as a person's command does; None: torchrun only."""
         path = self.folder / f"{log or f'{script}-{len(self.processes)}'}.log"
         under, program = self.program.get(log, []), ["-m", "torch.distributed.run"] if script == "torchrun" else [str(REPO / script)]
-        if self.warm and script != "torchrun" and not under:
+        cold = script == "torchrun" if cold is None else cold
+        if self.warm and not cold and not under:
+            program = [script] if script == "torchrun" else program
             process = self.warm.start([*program, *argv], self.folder, self.env, path)
         else:
             with open(path, "w") as out:
