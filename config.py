@@ -118,8 +118,6 @@ class Rounds:
 @dataclass
 class Sync:
     topology: str = "ring"  # ring: gloo between members | star: through the head node
-    backend: str = "gloo"
-    transport: str = "gloo"
     wire: str = "fp32"  # fp32 | bf16 | int8 (wire.py) | auto: the most exact that takes 1 % of a round on the measured link
     link_gbit: float | None = None  # Gbit/s between sites, for `auto`; null: measured, which the virtual clock cannot
     chunk_mb: int = 16
@@ -291,8 +289,6 @@ CHOICES = {
     "rounds.lr_position": ("global", "own"),
     "sync.topology": ("ring", "star"),
     "optim.matrices": ("muon", "adamw"),
-    "sync.backend": ("gloo",),
-    "sync.transport": ("gloo",),
     "sync.wire": ("fp32", "bf16", "int8", "auto"),
     "policy.name": ("threshold", "break_even", "forecast_gate", "percentile", "deadline", "plan", "oracle", "always"),
     "policy.objective": ("carbon", "price", "mix"),
@@ -629,6 +625,14 @@ def train_digest(cfg: Config) -> str:
 def by_price(cfg: Config) -> bool:
     """Does the policy decide by prices?"""
     return cfg["policy"].get("objective", "carbon") != "carbon" or cfg["policy"].get("cap_price_per_mwh") is not None
+
+
+def thresholds(cfg: Config) -> tuple[float, float, str] | None:
+    """Below and above what value the policy starts and stops a site, and of which unit that is; None: it has no such values."""
+    if cfg.policy.name not in ("threshold", "break_even", "forecast_gate"):
+        return None
+    unit = f"{cfg.price.unit[:3]}/MWh" if cfg.policy.objective == "price" else "gCO2/kWh"
+    return cfg.policy.on_below_g_per_kwh, cfg.policy.off_above_g_per_kwh, unit
 
 
 def schedule_digest(cfg: Config) -> str:

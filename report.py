@@ -33,7 +33,35 @@ def clock(cfg, t_s: float) -> str:
     return carbon.iso(config.start_unix(cfg) + t_s)[11:16]
 
 
-def opening(cfg, traces, num_params: int, address: str, predicted_end_s: float | None, timeouts) -> str:
+def policy_words(cfg) -> str:
+    """What the policy decides by, in one line."""
+    p, bounds = cfg.policy, config.thresholds(cfg)
+    what = {"carbon": "MCI", "price": "price", "mix": f"MCI + {p.mix_kg_per_currency:g} kg per {carbon.currency(cfg)}"}[p.objective]
+    if bounds:
+        words = f"{what}, on below {bounds[0]:g}, off above {bounds[1]:g} {bounds[2]}"
+        words += "" if p.name != "threshold" or not p.off_delay_s else f" for {p.off_delay_s:g} s"
+    elif p.name == "percentile":
+        words = f"{what}, the lowest {p.percentile:g} % of the last {p.percentile_hours:g} h"
+    elif p.name == "always":
+        words = "whatever the grid does"
+    else:
+        words = f"{what}, " + (f"the budget within {p.deadline_h:g} h" if p.deadline_h else f"{p.horizon_h:g} h ahead")
+    both = ((p.cap_g_per_kwh, "gCO2/kWh"), (p.cap_price_per_mwh, f"{carbon.currency(cfg)}/MWh"))
+    caps = [f"never above {cap:g} {unit}" for cap, unit in both if cap is not None]
+    return f"{p.name}: {'; '.join([words, *caps])}"
+
+
+def windows(cfg, name: str, traces, prices, start: int, end: int) -> list[tuple[float, float]] | None:
+    """Unix [begin, end) in which a site's grid is below the policy's threshold; None where the policy has none, or decides by more
+    than one signal."""
+    bounds, site = config.thresholds(cfg), cfg.sites[name]
+    if bounds is None or cfg.policy.objective == "mix":
+        return None
+    signal = prices[carbon.price_column(site)] if cfg.policy.objective == "price" else traces[site.region]
+    return signal.below(bounds[0], start, min(end, signal.end))
+
+
+def opening(cfg, traces, prices, num_params: int, address: str, predicted_end_s: float | None, timeouts) -> str:
     """A dozen lines: what will be trained, where, when, and where it is written."""
     start, end_s = config.start_unix(cfg), predicted_end_s
     live = "" if end_s is not None else (
@@ -45,14 +73,14 @@ def opening(cfg, traces, num_params: int, address: str, predicted_end_s: float |
         f"from {cfg.data.source} ({cfg.data.tokenizer})",
         f"  clock    {cfg.clock.mode}, from {carbon.iso(start)}; "
         + (f"signals {live}" if live else f"the schedule should end {carbon.iso(start + end_s)}, after {end_s / 3600:.1f} h"),
-        f"  policy   {cfg.policy.name}: on below {cfg.policy.on_below_g_per_kwh:g}, off above {cfg.policy.off_above_g_per_kwh:g} "
-        f"gCO2/kWh for {cfg.policy.off_delay_s:g} s",
+        f"  policy   {policy_words(cfg)}",
         f"  outer    {cfg.rounds.outer} lr {cfg.rounds.outer_lr:g} momentum {cfg.rounds.outer_momentum:g}; rounds of "
         f"{cfg.rounds.train_s:g} s + {cfg.rounds.sync_s:g} s sync; inner state {cfg.rounds.inner_state}; {cfg.sync.topology}",
     ]
     for name, site in list(cfg.sites.items())[:SHOWN]:
-        windows = [] if live else traces[site.region].below(cfg.policy.on_below_g_per_kwh, start, traces[site.region].end)
-        text = ", ".join(f"{carbon.iso(a)[11:16]}-{carbon.iso(b)[11:16]}" for a, b in windows[:4]) or ("as they come" if live else "none")
+        known = None if live else windows(cfg, name, traces, prices, start, traces[site.region].end)
+        text = ", ".join(f"{carbon.iso(a)[11:16]}-{carbon.iso(b)[11:16]}" for a, b in (known or [])[:4])
+        text = text or ("as they come" if known is None else "none")
         lines.append(f"  {name:15} {site.region:12} {site.tokens_per_s:g} tokens/s, {site.train_kw:g} kW; windows {text}")
     if len(cfg.sites) > SHOWN:
         lines.append(f"  and {len(cfg.sites) - SHOWN} more sites")

@@ -11,7 +11,7 @@ same site-hours by the same deadline, and neither averages nor loses time to sta
 import json
 import os
 import sys
-from multiprocessing import Pool
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
     traces, rng = months(Path(os.environ["REFERENCE_DATA"])), np.random.default_rng(args.seed)
     cases = [draw(rng) for _ in range(args.draws)]
     work = [(case, traces, args.policy, f"policy.forecast={args.forecast}", *more) for case in cases]
-    with Pool(args.jobs) as pool:
+    with get_context("spawn").Pool(args.jobs) as pool:
         rows = pool.map(_play, work, chunksize=4)
     if args.json:
         print(json.dumps({"rows": rows}))

@@ -20,7 +20,7 @@ import export
 import generate
 from config import BadInput
 from model import GPT, Shape, shape_of
-from sync import Flat, StateFolder, digest, zeros
+from sync import StateFolder, digest, zeros
 from vault import Vault
 
 PROMPT = "seh naé <|bos|>"
@@ -44,7 +44,7 @@ def theta_of(shape: Shape, seed: int = 0) -> torch.Tensor:
 
 def model_of(shape: Shape, theta: torch.Tensor) -> GPT:
     model = GPT(shape)
-    Flat(model).write(theta, model)
+    torch.nn.utils.vector_to_parameters(theta, model.parameters())
     return model
 
 

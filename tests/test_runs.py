@@ -33,7 +33,7 @@ def committed(runner, number):
 
 
 def all_hold(runner, argv):
-    held = check(runner.journal(), config.num_batches(runner.load(argv)))
+    held = check(runner.journal(), config.num_batches(runner.load(argv)), 128)
     assert all(ok for ok, _ in held), [line for ok, line in held if not ok]
 
 
