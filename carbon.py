@@ -201,7 +201,7 @@ def read_trace(
     if column not in header[1:]:
         remedy = "; name one as sites.X.price_region, or set price.trace=null" if section == "price" else ""
         raise BadInput(f"{path}: no column {column!r}; it has {', '.join(header[1:])}{remedy}")
-    price = config.PRICE_UNIT.fullmatch(unit)
+    price, unit = config.PRICE_UNIT.fullmatch(unit), config.intensity_unit(unit) or unit
     if unit not in G_PER_KWH and not price:
         raise BadInput(f"{section}.unit={unit!r} is not one of {', '.join(G_PER_KWH)}, nor a price such as USD/MWh")
     index = header.index(column)

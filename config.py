@@ -246,7 +246,7 @@ class Eval:
 
 @dataclass
 class Wandb:
-    mode: str = "offline"  # offline | online | disabled
+    mode: str = "offline"  # offline | online | disabled; WANDB_MODE in the environment goes over a config file's
     project: str = "curtail"
 
 
@@ -315,6 +315,9 @@ NOT_NEGATIVE = (
     "policy.min_on_s", "policy.min_off_s", "policy.forecast_decay_s", "policy.min_window_s", "policy.mix_kg_per_currency",
     "eval.every_rounds", "eval.tokens", "optim.warmup", "optim.warmdown",
 )  # fmt: skip
+# How sources write our units of intensity, in small letters without spaces and what follows CO2.
+UNITS = {"g/kwh": "g/kWh", "gco2/kwh": "g/kWh", "kg/kwh": "kg/kWh", "kgco2/kwh": "kg/kWh", "kg/mwh": "kg/MWh", "kgco2/mwh": "kg/MWh",
+         "lb/mwh": "lb/MWh", "lbs/mwh": "lb/MWh", "lbco2/mwh": "lb/MWh", "lbsco2/mwh": "lb/MWh", "lbs_co2_per_mwh": "lb/MWh"}  # fmt: skip
 PRICE_UNIT = re.compile(r"([A-Z]{3})/([Mk])Wh")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Live sources: default poll_s, max_age_s, url, and what kind of intensity it is (None: as carbon.signal says). WattTime issues a
@@ -339,10 +342,11 @@ def load(argv: list[str]) -> Config:
     for arg in argv[1:]:
         if "=" not in arg:
             raise BadInput(f"argument {arg!r} is not of the form key=value")
+    given = [f"only=[{arg[5:]}]" if arg.startswith("only=") and not arg.startswith("only=[") else arg for arg in argv[1:]]
     try:
         cfg = OmegaConf.unsafe_merge(OmegaConf.structured(Config), *_layers(path))  # nothing is merged into again: no copies
         known = list(cfg.sites)
-        cfg = OmegaConf.unsafe_merge(cfg, OmegaConf.from_dotlist(list(argv[1:])))
+        cfg = OmegaConf.unsafe_merge(cfg, OmegaConf.from_dotlist(given))
         if extra := [name for name in cfg.sites if name not in known]:
             raise BadInput(f"unknown site {extra[0]!r} on the command line; sites of {path}: {', '.join(known)}")
         OmegaConf.to_container(cfg, throw_on_missing=True)
@@ -350,7 +354,13 @@ def load(argv: list[str]) -> Config:
         reason = str(error).strip().splitlines()[0]
         key = getattr(error, "full_key", None)
         raise BadInput(f"{path}: {key + ': ' if key else ''}{reason}; keys and types are listed in config.py") from None
-    mine = any(arg.startswith("price.trace=") for arg in argv[1:])
+    for section in (cfg.carbon, cfg.signals):
+        section.unit = intensity_unit(section.unit) or section.unit
+    if (mode := os.environ.get("WANDB_MODE")) and not any(arg.startswith("wandb.mode=") for arg in given):
+        if mode not in CHOICES["wandb.mode"]:
+            raise BadInput(f"WANDB_MODE={mode} in the environment is not one of {', '.join(CHOICES['wandb.mode'])}; unset it")
+        cfg.wandb.mode = mode
+    mine = any(arg.startswith("price.trace=") for arg in given)
     if cfg.price.goes_with and not mine and Path(cfg.price.goes_with).resolve() != Path(cfg.carbon.trace).resolve():
         cfg.price.trace = None
     _check(cfg)
@@ -358,6 +368,11 @@ def load(argv: list[str]) -> Config:
         cfg.sites = {name: cfg.sites[name] for name in cfg.sites if name in cfg.only}
     OmegaConf.set_readonly(cfg, True)
     return cfg
+
+
+def intensity_unit(text: str) -> str | None:
+    """One of carbon.unit's choices, however a source writes it (`lbs_co2_per_mwh`, `gCO2eq/kWh`); None: it is none of them."""
+    return UNITS.get(re.sub(r"(?<=co2)e(q(uiv)?)?(?=/)", "", re.sub(r"\s", "", text.lower().replace("₂", "2"))))
 
 
 def read_yaml(path: Path) -> Any:
@@ -578,7 +593,7 @@ def unix_of(text: str, key: str) -> int:
     except ValueError:
         raise BadInput(f"{key}={text!r} is not a time; write e.g. 2026-01-11T17:00:00Z") from None
     if moment.tzinfo is None:
-        raise BadInput(f"{key}={text!r} names no zone; write e.g. {text}Z")
+        raise BadInput(f"{key}={text!r} names no zone; write e.g. {text if len(text) > 10 else moment.isoformat()}Z")
     try:
         return int(moment.astimezone(UTC).timestamp())
     except (OverflowError, ValueError):

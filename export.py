@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import config
@@ -275,7 +274,7 @@ def write_folder(folder: Path, stored: Stored, dtype: str, card: str) -> None:
     """All files of a model, in fp32 or bfloat16."""
     s, tokenizer, bos = stored.shape, stored.tokenizer, separator(stored.tokenizer)
     tensors = {name: t.to(DTYPES[dtype]) for name, t in to_hf(s, stored.theta).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    sync.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})  # safetensors' own writer lets nobody else read it
     tokenizer.save(str(folder / "tokenizer.json"))
     tokens = {"bos_token_id": bos, "eos_token_id": bos}  # what begins the next document ends this one
     write_json = partial(json.dumps, indent=2)

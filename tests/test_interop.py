@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +170,8 @@ def test_export_refuses_what_it_cannot_export(runner, monkeypatch):
         newest.write_bytes(broken)
         assert "is damaged" in (said := refused(export.main, "tiny", "x")) and "take --round 4" in said
     assert export.main(["tiny", "older", "--round", "4"]) == 0
+    modes = {path.name: path.stat().st_mode & 0o777 for path in Path("older").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"], "whoever may read one of its files may read all"
     (bare := runner.folder / "runs/bare").mkdir()
     (bare / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     assert "has no stored state" in refused(export.main, "bare", "x")

@@ -295,6 +295,9 @@ BAD = {
     "unknown region": (["sites.a.region=ATLANTIS"], "no column 'ATLANTIS'"),
     "no window": (["policy.on_below_g_per_kwh=10"], "policy.on_below_g_per_kwh=10: no window"),
     "budget does not divide": (["budget.tokens=1000"], "multiple of data.tokens_per_step=128; nearest: 1024"),
+    "only one site, a wrong one": (["only=fresno"], "only=fresno: unknown site; sites: a"),
+    "a day is no moment": (["clock.start=2024-05-01"], "names no zone; write e.g. 2024-05-01T00:00:00Z"),
+    "unit": (["carbon.unit=furlong"], "is not one of g/kWh, kg/kWh, kg/MWh, lb/MWh"),
     "live signals": (["clock.start=now"], "needs live signals"),
     "start outside the trace": (["clock.start=2020-01-01T00:00:00Z"], "outside"),
     "ring across hosts": (["sync.host=10.1.2.3"], "sync.trusted_network=true"),
@@ -318,6 +321,18 @@ def test_bad_input_is_one_line_and_exit_code_2(runner, name):
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert not runner.journal()
+
+
+def test_what_is_advised_is_accepted(runner, monkeypatch):
+    argv = runner.write({"a": {}, "b": {}})
+    assert list(runner.load([*argv, "only=b", "clock.start=2026-01-11T17:00:00Z"]).sites) == ["b"]
+    assert runner.load([*argv, "carbon.unit=lbs_co2_per_mwh"]).carbon.unit == "lb/MWh"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert runner.load(argv).wandb.mode == "online", "the environment goes over a file"
+    assert runner.load([*argv, "wandb.mode=offline"]).wandb.mode == "offline", "and the command line over it"
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(config.BadInput, match="WANDB_MODE=sometimes"):
+        runner.load(argv)
 
 
 def test_a_config_that_is_missing_or_broken(runner):
