@@ -1,6 +1,7 @@
 """Carbon: traces of intensity, the windows in them, and what a run drew, emitted and cost. Pure numpy.
 
-    python carbon.py describe traces/paper_day.csv --threshold 100
+    python carbon.py describe traces/paper_day.csv [column=... unit=... tz=...] [--threshold 100] [--json]
+    python carbon.py describe traces/paper_day_price.csv unit=USD/MWh
     python carbon.py account runs/demo/intervals.csv configs/demo.yaml [--rule exact|paper] [--energy energy.csv] [--json]
 
 A trace holds each sample until the next one: half-open intervals [start, next start) with a constant value in

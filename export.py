@@ -16,7 +16,6 @@ generate.py reads such a folder, too. Both want the very model of model.py; what
 `hf_names` and `FIELDS` are the only places that know how the two name things.
 """
 
-import argparse
 import json
 import tempfile
 from contextlib import contextmanager
@@ -317,7 +316,7 @@ def model_card(stored: Stored, round_: int, run: Path, cfg) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="export.py")
     parser.add_argument("run", metavar="RUN", help="a name in runs/, or a run's folder")
     parser.add_argument("dir", metavar="DIR", type=Path, help="does not exist yet, or is empty")
     parser.add_argument("--to", choices=["hf"], default="hf", help="the format")
@@ -342,4 +341,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config.command(main)
+    config.command(main, parses=True)

@@ -1,6 +1,8 @@
 """Figures, table and report of runs, from their folders alone.
 
-    python figures.py runs/demo [runs/paper ...] [--out DIR]
+    python figures.py runs/demo [runs/paper ...] [--out DIR]      into DIR, or the first run's own folder
+    python figures.py runs/demo                                   one run
+    python figures.py runs/ours runs/paper --out compared         several, beside each other
 
 Of each run: timeline (grids above, who trained below) and power (kW and kgCO2/h over time). Of all runs together:
 perplexity (over time), emissions (beside the baselines and the floor), curtailed (share of the energy inside windows),

@@ -1,6 +1,8 @@
 """Everything on one machine: the coordinator and one torchrun per site, as processes of their own.
 
     python launch.py configs/demo.yaml [key=value ...]
+    python launch.py configs/demo.yaml run=two only=[california,texas] sites.texas.ranks=2
+    python launch.py configs/mini_paper.yaml fresh=true
 
 Shows what happens live (a table of sites on a terminal, plain lines elsewhere), starts again what was killed, leaves no
 process behind whatever way it ends, draws the figure, and exits with the coordinator's exit code. It starts just what the

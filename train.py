@@ -1,6 +1,8 @@
 """One site. It trains while its grid throws clean power away, and agrees with the other sites on one model.
 
     torchrun --nproc_per_node=1 train.py configs/demo.yaml site=california [key=value ...]
+    torchrun --nproc_per_node=4 train.py configs/d20.yaml site=texas
+    torchrun --nnodes=2 --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 train.py configs/d20.yaml site=texas
 
 The coordinator (coordinator.py) says when: this process connects to it, waits, and is told to fetch the model, to
 train a round, to average it with others, to drop everything. Read `main` first: it is the algorithm of a round.

@@ -78,7 +78,7 @@ def _play(args):
 
 
 def main(argv: list[str]) -> int:
-    parser = config.Parser(description=__doc__.partition("\n")[0])
+    parser = config.Parser()
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--forecast", default="yesterday")
@@ -112,4 +112,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config.command(main)
+    config.command(main, parses=True)
