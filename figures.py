@@ -345,13 +345,14 @@ def curtailed(runs: list[dict]):
 
 
 def smoothed(run: dict) -> tuple[np.ndarray, np.ndarray]:
-    """(s since clock.start, EMA of the train loss) over the logged steps of all sites in time order."""
-    steps = sorted(run["steps"], key=lambda r: (r["t_s"], r["site"]))
-    out, smooth = [], None
-    for record in steps:
-        smooth = record["loss"] if smooth is None else report.EMA * smooth + (1 - report.EMA) * record["loss"]
-        out.append(smooth)
-    return np.array([r["t_s"] for r in steps]), np.array(out)
+    """(s since clock.start, EMA of the train loss) over all steps of all sites in time order. Bias-corrected, so that runs of few and
+    of many steps compare; the summary's train_ppl_best, the paper's, is not."""
+    found = report.all_losses(run["steps"])
+    out, smooth = [], 0.0
+    for i, (_, loss) in enumerate(found, 1):
+        smooth = report.EMA * smooth + (1 - report.EMA) * loss
+        out.append(smooth / (1 - report.EMA**i))
+    return np.array([t_s for t_s, _ in found]), np.array(out)
 
 
 def lines_of(runs: list[dict], over, xlabel: str, transform, ylabel: str):

@@ -355,13 +355,19 @@ def summarize(
 
 
 def train_ppl_best(steps: list[dict]) -> float | None:
-    """Lowest perplexity of the EMA-0.99 train loss over all logged steps of all sites in time order; the average
-    starts at the first value, without bias correction (as the paper's plots do)."""
+    """Lowest perplexity of the EMA-0.99 train loss over all steps of all sites in time order; the average starts at the first
+    value, without bias correction (as the paper's plots do)."""
     smooth, best = None, math.inf
-    for record in sorted(steps, key=lambda r: (r["t_s"], r.get("site", ""))):
-        smooth = record["loss"] if smooth is None else EMA * smooth + (1 - EMA) * record["loss"]
+    for _, loss in all_losses(steps):
+        smooth = loss if smooth is None else EMA * smooth + (1 - EMA) * loss
         best = min(best, smooth)
     return math.exp(best) if steps else None
+
+
+def all_losses(steps: list[dict]) -> list[tuple[float, float]]:
+    """(t_s, train loss) of every step of all sites in time order, from their logged steps and what those say of the ones between."""
+    found = [(t_s, r.get("site", ""), loss) for r in steps for t_s, loss in (*r.get("since", ()), (r["t_s"], r["loss"]))]
+    return [(t_s, loss) for t_s, _, loss in sorted(found) if math.isfinite(loss)]
 
 
 def load_steps(run_dir: Path, sites) -> list[dict]:

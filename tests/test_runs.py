@@ -15,6 +15,7 @@ from conftest import CLEAN, DIRTY, processes_in, write_trace
 import carbon
 import config
 import data
+import report
 from channel import Link
 from journal import check, effective
 
@@ -433,3 +434,15 @@ def test_launch_runs_a_whole_day_draws_the_figure_and_ends_in_a_table(runner):
     assert not processes_in(runner.folder)
     check_ = runner.call("coordinator.py", "check", "runs/tiny")
     assert check_.returncode == 0 and "BROKEN" not in check_.stdout
+
+
+@pytest.mark.slow
+def test_how_often_steps_are_logged_changes_no_figure_of_the_loss(runner):
+    """Every step's loss is in SITE.jsonl, on a line of its own or on the next one."""
+    argv, found = runner.write({"a": {}, "b": {}}, budget={"tokens": 128 * 24}), {}
+    for every in (1, 5, 1000):
+        assert runner.run([*argv, f"run=every{every}", f"log.every_steps={every}"], ["a", "b"]) == 0, runner.said()
+        steps = report.load_steps(runner.folder / "runs" / f"every{every}", "ab")
+        found[every] = report.all_losses(steps), report.train_ppl_best(steps), runner.summary(f"every{every}")["train_ppl_best"]
+    assert found[1] == found[5] == found[1000]
+    assert len(found[1][0]) == 24 and found[1][1] == found[1][2]
