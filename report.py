@@ -8,7 +8,9 @@ import errno
 import json
 import math
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,17 +186,27 @@ class Panel:
         self.lines = Lines(self.path)
         self.wandb = None
         if cfg.wandb.mode != "disabled":
-            import wandb
-
-            config.run_dir(cfg).mkdir(parents=True, exist_ok=True)
-            self.wandb = wandb.init(
-                project=cfg.wandb.project, group=cfg.run, name=name, id=f"{run_id}-{name}", mode=cfg.wandb.mode,
-                resume="allow" if cfg.wandb.mode == "online" else None, dir=str(config.run_dir(cfg)), config=config.plain(cfg),
-                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True),
-            )  # fmt: skip
+            self.wandb = self._open(run_id)
             for axis in ("tokens", "hours", "emissions/kg", *([cost_key(cfg)] if cfg.price.trace else [])):
                 self.wandb.define_metric(axis)
             self.wandb.define_metric("*", step_metric="tokens")
+
+    def _open(self, run_id: str):
+        """wandb's run. What wandb puts into the temporary folder when it is imported, and leaves there if its process ends by
+        os._exit, goes into a folder of ours, which `finish` removes."""
+        cfg, name = self.cfg, self.name
+        self.scratch = (config.run_dir(cfg) / "wandb" / f"scratch-{name}").absolute()
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        before, tempfile.tempdir = tempfile.tempdir, str(self.scratch)
+        try:
+            import wandb
+        finally:
+            tempfile.tempdir = before
+        return wandb.init(
+            project=cfg.wandb.project, group=cfg.run, name=name, id=f"{run_id}-{name}", mode=cfg.wandb.mode,
+            resume="allow" if cfg.wandb.mode == "online" else None, dir=str(config.run_dir(cfg)), config=config.plain(cfg),
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True),
+        )  # fmt: skip
 
     def rewind(self, round_: int) -> None:
         """Leave out what an earlier process logged of rounds that will be trained again."""
@@ -241,6 +253,7 @@ class Panel:
             words = ("energy_method", "currency")
             self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, (int, float)) or k in words})
             self.wandb.finish()
+            shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 def cost_key(cfg) -> str:

@@ -22,14 +22,18 @@ README); this file only connects outwards, gloo binds sync.interface.
 
 import ctypes
 import math
+import os
 import queue
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import uuid
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -592,6 +596,13 @@ def integrate(signal_: list, t0: float, t1: float, power_kw: float) -> tuple[flo
     return charged(power_kw, total), last
 
 
+def remove_torchrun_s_folder() -> None:
+    """torchrun makes a folder for logs that nobody asked for, and leaves it behind."""
+    folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "/")).parents[:4][-1]
+    if folder.name.startswith("torchelastic_") and folder.parent == Path(tempfile.gettempdir()):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def die_with_parent() -> None:
     """Linux: do not outlive torchrun, even if it is killed."""
     if sys.platform == "linux":
@@ -600,4 +611,5 @@ def die_with_parent() -> None:
 
 if __name__ == "__main__":
     die_with_parent()
+    remove_torchrun_s_folder()
     config.command(main)

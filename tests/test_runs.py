@@ -423,6 +423,8 @@ def test_killing_the_launcher_outright_leaves_no_process_either(runner):
 
 def test_launch_runs_a_whole_day_draws_the_figure_and_ends_in_a_table(runner):
     argv = runner.write(PAIR, {"a": [CLEAN] * 6 + [DIRTY], "b": [DIRTY, CLEAN]}, budget={"tokens": 128 * 40})
+    (scratch := runner.folder / "tmp").mkdir()
+    runner.env |= {"TMPDIR": str(scratch)}
     result = runner.call("launch.py", *argv, "wandb.mode=offline")
     assert result.returncode == 0, result.stdout + result.stderr
     run_id = runner.journal()[0]["wall"]["run_id"]
@@ -432,6 +434,7 @@ def test_launch_runs_a_whole_day_draws_the_figure_and_ends_in_a_table(runner):
         assert word in result.stdout
     assert (runner.run_dir / "figures" / "timeline.png").stat().st_size > 10_000
     assert not processes_in(runner.folder)
+    assert not list(scratch.iterdir()), "neither torchrun's nor wandb's folders stay"
     check_ = runner.call("coordinator.py", "check", "runs/tiny")
     assert check_.returncode == 0 and "BROKEN" not in check_.stdout
 
