@@ -1,6 +1,7 @@
 """Carbon: traces of intensity, the windows in them, and what a run drew, emitted and cost. Pure numpy.
 
-    python carbon.py describe traces/paper_day.csv --threshold 100
+    python carbon.py describe traces/paper_day.csv [column=... unit=... tz=...] [--threshold 100] [--json]
+    python carbon.py describe traces/paper_day_price.csv unit=USD/MWh
     python carbon.py account runs/demo/intervals.csv configs/demo.yaml [--rule exact|paper] [--energy energy.csv] [--json]
 
 A trace holds each sample until the next one: half-open intervals [start, next start) with a constant value in
@@ -201,7 +202,7 @@ def read_trace(
     if column not in header[1:]:
         remedy = "; name one as sites.X.price_region, or set price.trace=null" if section == "price" else ""
         raise BadInput(f"{path}: no column {column!r}; it has {', '.join(header[1:])}{remedy}")
-    price = config.PRICE_UNIT.fullmatch(unit)
+    price, unit = config.PRICE_UNIT.fullmatch(unit), config.intensity_unit(unit) or unit
     if unit not in G_PER_KWH and not price:
         raise BadInput(f"{section}.unit={unit!r} is not one of {', '.join(G_PER_KWH)}, nor a price such as USD/MWh")
     index = header.index(column)

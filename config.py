@@ -1,5 +1,9 @@
 """The configuration: every key, its default, its unit, and the checks that need no other file.
 
+    python config.py                      every key: default, unit, meaning
+    python config.py rounds               those of one section
+    python config.py sites policy         of two
+
     cfg = load(["configs/demo.yaml", "rounds.outer=none", "run=mine"])
 
 Layers: defaults here < the file a YAML file names as its `base:` < the YAML file < key=value on the command line (OmegaConf
@@ -16,7 +20,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -35,8 +39,19 @@ class BadInput(ValueError):
     """Something the user can fix. The message is one line: value, bound, remedy."""
 
 
+HELP = """
+key=value, after CONFIG, changes any key: `python config.py` lists them all with default, unit and meaning, `python config.py SECTION`
+those of one section. configs/ has examples; what a run was started with stands in runs/RUN/config.yaml.
+Exit codes: 0 done, 1 failed, 2 bad input (one line: value, bound, remedy), 3 ended with budget left (resumable), 130 Ctrl-C."""
+
+
 class Parser(argparse.ArgumentParser):
-    """For options beyond CONFIG [key=value ...]; what is wrong with them is one line, as everywhere."""
+    """For options beyond CONFIG [key=value ...]; what is wrong with them is one line, as everywhere. --help shows the script's own
+    docstring above the options."""
+
+    def __init__(self, **options):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"formatter_class": form, "description": sys.modules["__main__"].__doc__, "epilog": HELP} | options)
 
     def error(self, message: str):
         raise BadInput(f"{message}; see --help")
@@ -75,7 +90,7 @@ class Data:
     shards: int | None = None  # of a Hugging Face dataset: so many parquet files, the last of them for validation; null: all
     tokenizer: str = "bytes"  # bytes | bpe-VOCAB (trained on the source) | the path of a tokenizer.json
     tokenizer_chars: int = 2_000_000_000  # of the source, that a BPE is trained on (nanochat's speedrun: 2e9)
-    dir: str = "data"
+    dir: str = "data"  # folder of prepared corpora
     workers: int | None = None  # processes that tokenize; null: one a core
     tokens_per_step: int = 2048  # one batch = one inner step, the same at every site
     val_tokens: int = 131072  # evaluated once, at the end
@@ -84,17 +99,17 @@ class Data:
 @dataclass
 class Optim:
     matrices: str = "muon"  # what trains the blocks' matrices: muon | adamw (a reference that ranks agree on to rounding)
-    matrix_lr: float = 0.02
-    embedding_lr: float = 0.3  # AdamW, these three
-    unembedding_lr: float = 0.004
-    scalar_lr: float = 0.5
+    matrix_lr: float = 0.02  # learning rate of the blocks' matrices
+    embedding_lr: float = 0.3  # learning rate of AdamW for the embedding, at width 768
+    unembedding_lr: float = 0.004  # of AdamW for the head, at width 768
+    scalar_lr: float = 0.5  # of AdamW for the residual scalars
     weight_decay: float = 0.0  # matrices; falls linearly to 0
-    betas: list[float] = field(default_factory=lambda: [0.8, 0.95])
+    betas: list[float] = field(default_factory=lambda: [0.8, 0.95])  # of AdamW
     warmup: float = 0.0  # share of the budget
     warmdown: float = 0.4  # share of the budget
     final_lr: float = 0.0  # share of the full rate at the budget's end
-    muon_momentum: list[float] = field(default_factory=lambda: [0.85, 0.95])
-    muon_momentum_steps: int = 300
+    muon_momentum: list[float] = field(default_factory=lambda: [0.85, 0.95])  # at the start, and from muon_momentum_steps on
+    muon_momentum_steps: int = 300  # over which the momentum rises
 
 
 @dataclass
@@ -106,9 +121,9 @@ class Rounds:
     grace_s: float = 30.0  # how long a frozen round waits for a slow member
     max_offline_s: float = 600.0  # how long a site may stay silent before its local round is void
     rejoin_wait_s: float = 120.0  # real seconds the virtual clock waits for a missing site
-    outer: str = "none"  # none: plain averaging, what measured best (bench/README.md) | nesterov: DiLoCo-style, with
-    outer_lr: float = 1.0  # these two; arXiv:2311.08105 has 0.7 and
-    outer_momentum: float = 0.3  # 0.9, which overshoots when rounds are short
+    outer: str = "none"  # none: plain averaging, what measured best (bench/README.md) | nesterov: DiLoCo-style, outer_lr and outer_momentum
+    outer_lr: float = 1.0  # nesterov: arXiv:2311.08105 has 0.7
+    outer_momentum: float = 0.3  # nesterov: arXiv:2311.08105 has 0.9, which overshoots when rounds are short
     local: str = "plain"  # plain: a local round's theta as it is, m = 0 | outer: the outer step on it too
     inner_state: str = "keep"  # keep | reset (new each round, the paper)
     lr_position: str = "global"  # global: counts the other members' steps | own (the paper)
@@ -118,8 +133,6 @@ class Rounds:
 @dataclass
 class Sync:
     topology: str = "ring"  # ring: gloo between members | star: through the head node
-    backend: str = "gloo"
-    transport: str = "gloo"
     wire: str = "fp32"  # fp32 | bf16 | int8 (wire.py) | auto: the most exact that takes 1 % of a round on the measured link
     link_gbit: float | None = None  # Gbit/s between sites, for `auto`; null: measured, which the virtual clock cannot
     chunk_mb: int = 16
@@ -136,17 +149,17 @@ class Sync:
 @dataclass
 class Policy:
     name: str = "forecast_gate"  # best without a deadline; the paper's: threshold with off_delay_s 600; all: scheduler.py
-    on_below_g_per_kwh: float = 100.0  # these two in the unit of the objective
-    off_above_g_per_kwh: float = 100.0
-    on_delay_s: float = 0.0
-    off_delay_s: float = 0.0
-    min_on_s: float = 0.0
-    min_off_s: float = 0.0
+    on_below_g_per_kwh: float = 100.0  # a window is open below it; in the unit of the objective
+    off_above_g_per_kwh: float = 100.0  # a window closes above it; in the unit of the objective
+    on_delay_s: float = 0.0  # how long it must have been below before a start
+    off_delay_s: float = 0.0  # how long it must have been above before a stop
+    min_on_s: float = 0.0  # a site that is up stays up so long
+    min_off_s: float = 0.0  # a site that is off stays off so long
     max_sites: int | None = None  # so many at once, the cleanest; null: all
     objective: str = "carbon"  # carbon: MCI, g/kWh | price: currency/MWh | mix: MCI + mix_kg_per_currency x price, g/kWh
     mix_kg_per_currency: float = 0.0  # what one unit of currency is worth; a carbon price of 100 per tonne: 10
     cap_g_per_kwh: float | None = None  # above it no site runs, whatever the policy says
-    cap_price_per_mwh: float | None = None  # likewise
+    cap_price_per_mwh: float | None = None  # above this price no site runs, whatever the policy says
     forecast: str = "yesterday"  # persistence | yesterday | issued (f1..fk beside the trace) | truth; see forecast.py
     forecast_days: int = 3  # yesterday: the mean of so many days; one is the day before alone
     forecast_decay_s: float = 3600.0  # yesterday: how fast its error of now fades
@@ -159,16 +172,16 @@ class Policy:
 
 @dataclass
 class Carbon:
-    trace: str = "traces/paper_day.csv"
+    trace: str = "traces/paper_day.csv"  # CSV: time, then a column per region
     unit: str = "g/kWh"  # g/kWh | kg/kWh | kg/MWh | lb/MWh
-    signal: str = "marginal"
+    signal: str = "marginal"  # what the trace is, for the report: marginal | average
     tz: str = "UTC"  # zone of stamps that name none
     stamp: str = "start"  # the stamp marks an interval's start | end
     interpolation: str = "hold"  # hold | linear (to reproduce others)
-    max_gap_s: float = 900.0
-    curtailed_below_g_per_kwh: float = 100.0
-    baseline_regions: list[str] = field(default_factory=list)
-    pue: float = 1.0
+    max_gap_s: float = 900.0  # a longer gap in the trace is refused
+    curtailed_below_g_per_kwh: float = 100.0  # what counts as curtailed power in every report
+    baseline_regions: list[str] = field(default_factory=list)  # regions whose one-site baselines the report has
+    pue: float = 1.0  # power usage effectiveness: facility over devices, in a figure of its own
 
 
 @dataclass
@@ -192,32 +205,32 @@ class Price:
     trace: str | None = None  # CSV of electricity prices, as carbon.trace; null: no cost anywhere
     goes_with: str | None = None  # the carbon.trace whose grids these are: no cost beside another, unless price.trace is given as key=value
     unit: str = "USD/MWh"  # CURRENCY/MWh | CURRENCY/kWh: one three-letter currency for every column; prices may be negative
-    tz: str = "UTC"  # these four as in carbon
-    stamp: str = "start"
-    interpolation: str = "hold"
+    tz: str = "UTC"  # zone of stamps that name none
+    stamp: str = "start"  # the stamp marks an interval's start | end
+    interpolation: str = "hold"  # hold | linear
     max_gap_s: float = 3600.0  # prices are often hourly
 
 
 @dataclass
 class Site:
-    region: str = MISSING
+    region: str = MISSING  # column of carbon.trace, or what a live source calls the grid
     signal_url: str | None = None  # live signals: instead of signals.url
     price_region: str | None = None  # column of price.trace; null: the one named as the region
     tokens_per_s: float = MISSING  # training rate: fixes the virtual clock, first guess on the wall clock
     idle_kw: float = MISSING  # drawn in every state but off and training
-    train_kw: float = MISSING
-    provision_s: float = 0.0
-    startup_s: float = 0.0
-    device: str = "cpu"
+    train_kw: float = MISSING  # drawn while training
+    provision_s: float = 0.0  # from a window's opening until the machine is there, at idle power
+    startup_s: float = 0.0  # from there until it trains, at idle power
+    device: str = "cpu"  # cpu | cuda (each rank the GPU of its local rank) | cuda:N
     device_batch: int = 8  # rows per rank and forward pass
     ranks: int | None = None  # of all its nodes; null: as many as torchrun starts, and launch.py and jobs start one
     parallel: str = "ddp"  # how ranks share the model: ddp: each holds all of it | fsdp: each holds 1/N (FSDP2)
     checkpointing: bool = False  # recompute a block's activations in the backward pass: less memory, a third more time
     energy: str = "auto"  # wall clock: auto: measured where it can be (devices.py) | model: idle_kw and train_kw
     peak_tflops: float | None = None  # of one device at model.dtype, for the MFU; null: known GPUs by name, others have none
-    threads_local: int = 2
-    threads_federated: int = 1
-    keep_disk: bool = False
+    threads_local: int = 2  # torch threads of a rank while the site trains alone
+    threads_federated: int = 1  # ... and with others
+    keep_disk: bool = False  # the site's disk outlives its windows, and inner optimizer state on it
     provision: dict[str, Any] = field(default_factory=dict)  # keys of `provision:` that differ at this site
 
 
@@ -226,12 +239,12 @@ class Provision:
     mode: str = "resident"  # resident: processes stay alive and wait | local | slurm | command (provision.py); wall clock only
     start_timeout_s: float = 900.0  # from the start of a site's job to its hello; a queue's waiting time counts
     retries: int = 3  # how often in one window a start that failed, or a job that died, is tried again
-    backoff_s: float = 5.0  # before the first of these; twice as long before each further one
+    backoff_s: float = 5.0  # pause before the first retry; twice as long before each further one
     poll_s: float = 10.0  # between two looks at a job that should say hello, or should be gone
     command_s: float = 60.0  # time-out of one command that stops a job or asks for it
     stop_s: float = 40.0  # between asking a job to go and killing it; a site takes 20 s at most to leave a round cleanly
-    partition: str | None = None  # slurm: null: the cluster's default, and
-    account: str | None = None  # likewise
+    partition: str | None = None  # slurm: null: the cluster's default
+    account: str | None = None  # slurm: null: your default one
     options: list[str] = field(default_factory=list)  # slurm: further options of sbatch, e.g. --gres=gpu:8
     script: str | None = None  # slurm: file of the job's script, with {placeholders}; null: provision.SCRIPT
     start: str | None = None  # command: one program and its arguments, with {placeholders}; starts the job and returns
@@ -248,8 +261,8 @@ class Eval:
 
 @dataclass
 class Wandb:
-    mode: str = "offline"  # offline | online | disabled
-    project: str = "curtail"
+    mode: str = "offline"  # offline | online | disabled; WANDB_MODE in the environment goes over a config file's
+    project: str = "curtail"  # the project in wandb
 
 
 @dataclass
@@ -259,7 +272,7 @@ class Log:
 
 @dataclass
 class Config:
-    run: str = "demo"
+    run: str = "demo"  # name of the run and of its folder, runs/RUN
     seed: int = 1
     fresh: bool = False  # start over: removes what an earlier run of this name left
     only: list[str] = field(default_factory=list)  # sites to take part; empty: all
@@ -291,8 +304,6 @@ CHOICES = {
     "rounds.lr_position": ("global", "own"),
     "sync.topology": ("ring", "star"),
     "optim.matrices": ("muon", "adamw"),
-    "sync.backend": ("gloo",),
-    "sync.transport": ("gloo",),
     "sync.wire": ("fp32", "bf16", "int8", "auto"),
     "policy.name": ("threshold", "break_even", "forecast_gate", "percentile", "deadline", "plan", "oracle", "always"),
     "policy.objective": ("carbon", "price", "mix"),
@@ -319,6 +330,9 @@ NOT_NEGATIVE = (
     "policy.min_on_s", "policy.min_off_s", "policy.forecast_decay_s", "policy.min_window_s", "policy.mix_kg_per_currency",
     "eval.every_rounds", "eval.tokens", "optim.warmup", "optim.warmdown",
 )  # fmt: skip
+# How sources write our units of intensity, in small letters without spaces and what follows CO2.
+UNITS = {"g/kwh": "g/kWh", "gco2/kwh": "g/kWh", "kg/kwh": "kg/kWh", "kgco2/kwh": "kg/kWh", "kg/mwh": "kg/MWh", "kgco2/mwh": "kg/MWh",
+         "lb/mwh": "lb/MWh", "lbs/mwh": "lb/MWh", "lbco2/mwh": "lb/MWh", "lbsco2/mwh": "lb/MWh", "lbs_co2_per_mwh": "lb/MWh"}  # fmt: skip
 PRICE_UNIT = re.compile(r"([A-Z]{3})/([Mk])Wh")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Live sources: default poll_s, max_age_s, url, and what kind of intensity it is (None: as carbon.signal says). WattTime issues a
@@ -343,10 +357,11 @@ def load(argv: list[str]) -> Config:
     for arg in argv[1:]:
         if "=" not in arg:
             raise BadInput(f"argument {arg!r} is not of the form key=value")
+    given = [f"only=[{arg[5:]}]" if arg.startswith("only=") and not arg.startswith("only=[") else arg for arg in argv[1:]]
     try:
         cfg = OmegaConf.unsafe_merge(OmegaConf.structured(Config), *_layers(path))  # nothing is merged into again: no copies
         known = list(cfg.sites)
-        cfg = OmegaConf.unsafe_merge(cfg, OmegaConf.from_dotlist(list(argv[1:])))
+        cfg = OmegaConf.unsafe_merge(cfg, OmegaConf.from_dotlist(given))
         if extra := [name for name in cfg.sites if name not in known]:
             raise BadInput(f"unknown site {extra[0]!r} on the command line; sites of {path}: {', '.join(known)}")
         OmegaConf.to_container(cfg, throw_on_missing=True)
@@ -354,7 +369,13 @@ def load(argv: list[str]) -> Config:
         reason = str(error).strip().splitlines()[0]
         key = getattr(error, "full_key", None)
         raise BadInput(f"{path}: {key + ': ' if key else ''}{reason}; keys and types are listed in config.py") from None
-    mine = any(arg.startswith("price.trace=") for arg in argv[1:])
+    for section in (cfg.carbon, cfg.signals):
+        section.unit = intensity_unit(section.unit) or section.unit
+    if (mode := os.environ.get("WANDB_MODE")) and not any(arg.startswith("wandb.mode=") for arg in given):
+        if mode not in CHOICES["wandb.mode"]:
+            raise BadInput(f"WANDB_MODE={mode} in the environment is not one of {', '.join(CHOICES['wandb.mode'])}; unset it")
+        cfg.wandb.mode = mode
+    mine = any(arg.startswith("price.trace=") for arg in given)
     if cfg.price.goes_with and not mine and Path(cfg.price.goes_with).resolve() != Path(cfg.carbon.trace).resolve():
         cfg.price.trace = None
     _check(cfg)
@@ -362,6 +383,11 @@ def load(argv: list[str]) -> Config:
         cfg.sites = {name: cfg.sites[name] for name in cfg.sites if name in cfg.only}
     OmegaConf.set_readonly(cfg, True)
     return cfg
+
+
+def intensity_unit(text: str) -> str | None:
+    """One of carbon.unit's choices, however a source writes it (`lbs_co2_per_mwh`, `gCO2eq/kWh`); None: it is none of them."""
+    return UNITS.get(re.sub(r"(?<=co2)e(q(uiv)?)?(?=/)", "", re.sub(r"\s", "", text.lower().replace("₂", "2"))))
 
 
 def read_yaml(path: Path) -> Any:
@@ -582,7 +608,7 @@ def unix_of(text: str, key: str) -> int:
     except ValueError:
         raise BadInput(f"{key}={text!r} is not a time; write e.g. 2026-01-11T17:00:00Z") from None
     if moment.tzinfo is None:
-        raise BadInput(f"{key}={text!r} names no zone; write e.g. {text}Z")
+        raise BadInput(f"{key}={text!r} names no zone; write e.g. {text if len(text) > 10 else moment.isoformat()}Z")
     try:
         return int(moment.astimezone(UTC).timestamp())
     except (OverflowError, ValueError):
@@ -631,6 +657,14 @@ def by_price(cfg: Config) -> bool:
     return cfg["policy"].get("objective", "carbon") != "carbon" or cfg["policy"].get("cap_price_per_mwh") is not None
 
 
+def thresholds(cfg: Config) -> tuple[float, float, str] | None:
+    """Below and above what value the policy starts and stops a site, and of which unit that is; None: it has no such values."""
+    if cfg.policy.name not in ("threshold", "break_even", "forecast_gate"):
+        return None
+    unit = f"{cfg.price.unit[:3]}/MWh" if cfg.policy.objective == "price" else "gCO2/kWh"
+    return cfg.policy.on_below_g_per_kwh, cfg.policy.off_above_g_per_kwh, unit
+
+
 def schedule_digest(cfg: Config) -> str:
     """Digest of what decides when sites train and what they emit; a resumed run must match it too. Prices are part of it where
     the policy decides by them."""
@@ -656,8 +690,42 @@ def versions() -> dict[str, str]:
     return {"python": ".".join(map(str, sys.version_info[:3])), "torch": version("torch"), "numpy": version("numpy")}
 
 
-def command(main) -> None:
-    """Run an entry point: BadInput becomes one line and exit code 2, Ctrl-C a quiet 130."""
+def listing(sections: list[str]) -> str:
+    """Every key of some sections (all, if none is named) with its default and the comment behind it, which says unit and meaning."""
+    text, lines = Path(__file__).read_text(), []
+    kinds = {"": "Config"} | {f.name: f.type.__name__ for f in fields(Config) if is_dataclass(f.type)} | {"sites": "Site"}
+    if unknown := [name for name in sections if name not in kinds]:
+        raise BadInput(f"no section {unknown[0]!r}; sections: {', '.join(filter(None, kinds))}")
+    for section, kind in kinds.items():
+        if sections and section not in sections:
+            continue
+        body = text.partition(f"class {kind}:\n")[2].partition("\n\n\n")[0]
+        where = "sites.NAME." if section == "sites" else f"{section}." if section else ""
+        for line in body.splitlines():
+            m = re.fullmatch(r"    (\w+): (.+?)(?: = (.+?))?(?:  # (.+))?", line)
+            if m and (section or m[1] not in kinds):
+                key = where + m[1]
+                default = (m[3] or "(must be given)").replace('"', "").replace("None", "null").replace("field(default_factory=", "")
+                default = re.sub(r"^lambda: (.+)\)$", r"\1", default).replace("list)", "[]").replace("dict)", "{}")
+                default = default.replace("True", "true").replace("False", "false").replace("MISSING", "(must be given)")
+                bound = "> 0" if key in POSITIVE else ">= 0" if key in NOT_NEGATIVE else ""
+                choices = " | ".join(CHOICES.get(key, ()))
+                said = "; ".join(filter(None, [m[4], bound, choices if not m[4] or "|" not in m[4] else ""]))
+                lines.append(f"{key:32} {default:24} {said}".rstrip())
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    print(listing(argv))
+    return EXIT_DONE
+
+
+def command(main, parses: bool = False) -> None:
+    """Run an entry point: BadInput becomes one line and exit code 2, Ctrl-C a quiet 130; --help is the script's docstring and where
+    the keys are. parses: it has a Parser, which answers --help with its options as well."""
+    if {"-h", "--help"} & set(sys.argv[1:]) and not parses:
+        print(sys.modules["__main__"].__doc__.rstrip(), HELP, sep="\n")
+        sys.exit(EXIT_DONE)
     try:
         code = main(sys.argv[1:])
     except BadInput as error:
@@ -672,3 +740,7 @@ def command(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED
     sys.exit(code or EXIT_DONE)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -462,6 +462,7 @@ class Coordinator:
         elif action.kind == "commit":
             made = d["round"] + 1
             if d["attempt"]:
+                self._synced(d["wire"])
                 self.vault.agreed[made] = d["digest"], d["wire"]
                 self.owed_stores.setdefault(made, self.t)
                 self.hub.kept(d["round"], d["attempt"])
@@ -625,15 +626,18 @@ class Coordinator:
             self.run.frozen(self.t, site, header["steps"], header["finite"], header["bad_step"])
 
     def _on_vote(self, site: str, header: dict, payload) -> None:
-        if self.run.now and header["round"] == self.run.now.number:
+        if self.run.attempting(site, header["round"], header["attempt"]):
             if header.get("bytes_per_s"):
                 self.wire_rates[site] = header["bytes_per_s"]
                 self.took_s.setdefault(self.run.now.wire, {})[site] = header["took_s"]
-                self._choose_wire(self.run.now.agreement.members if self.run.now.agreement else [])
-            if not self.virtual:  # the next leaver needs this long: the last measured sync, old ones fading
-                self.run.sync_s = max(self.t - self.run.now.freeze_s, 0.5 * self.run.sync_s)
-                self._measured(0.5 * (self.bytes_per_s + self.payload_bytes / max(time.monotonic() - self.attempt_began, 1e-3)))
+                self._choose_wire(self.run.now.agreement.members)
             self.run.voted(self.t, site, header["attempt"], header["digest"])
+
+    def _synced(self, wire_: str) -> None:
+        """An average in this format is over, at all members: how fast was the slowest link?"""
+        if not self.virtual:
+            took_s = max(time.monotonic() - self.attempt_began, 1e-3)
+            self._measured(0.5 * (self.bytes_per_s + wire.num_bytes(wire_, self.vault.numel) / took_s))
 
     def _measured(self, bytes_per_s: float) -> None:
         """Time-outs follow the link, unless that would break an order the config insists on."""
@@ -805,7 +809,7 @@ def run_command(argv: list[str]) -> int:
     c = Coordinator(cfg)
     cfg = c.cfg
     try:
-        print(report.opening(cfg, c.traces, c.vault.numel, c.hub.address, c.predicted_end_s, c.timeouts), flush=True)
+        print(report.opening(cfg, c.traces, c.prices, c.vault.numel, c.hub.address, c.predicted_end_s, c.timeouts), flush=True)
         (c.run_virtual if c.virtual else c.run_wall)()
         code = c.close()
     except Interrupted:
@@ -854,7 +858,7 @@ def check_command(argv: list[str]) -> int:
     cfg = config.read_yaml(path.with_name("config.yaml"))
     records = read(path)
     held = {file.parent.name: report.read_lines(file) for file in sorted(path.parent.glob("sites/*/held.jsonl"))}
-    results = check(records, cfg.budget.tokens // cfg.data.tokens_per_step) + (check_held(records, held) if records else [])
+    results = check(records, config.num_batches(cfg), cfg.data.tokens_per_step) + (check_held(records, held) if records else [])
     for ok, sentence in results:
         print(f"{'ok    ' if ok else 'BROKEN'} {sentence}")
     return 0 if all(ok for ok, _ in results) else 1

@@ -16,7 +16,6 @@ generate.py reads such a folder, too. Both want the very model of model.py; what
 `hf_names` and `FIELDS` are the only places that know how the two name things.
 """
 
-import argparse
 import json
 import tempfile
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import config
@@ -275,7 +273,7 @@ def write_folder(folder: Path, stored: Stored, dtype: str, card: str) -> None:
     """All files of a model, in fp32 or bfloat16."""
     s, tokenizer, bos = stored.shape, stored.tokenizer, separator(stored.tokenizer)
     tensors = {name: t.to(DTYPES[dtype]) for name, t in to_hf(s, stored.theta).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    sync.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})  # safetensors' own writer lets nobody else read it
     tokenizer.save(str(folder / "tokenizer.json"))
     tokens = {"bos_token_id": bos, "eos_token_id": bos}  # what begins the next document ends this one
     write_json = partial(json.dumps, indent=2)
@@ -318,7 +316,7 @@ def model_card(stored: Stored, round_: int, run: Path, cfg) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="export.py")
     parser.add_argument("run", metavar="RUN", help="a name in runs/, or a run's folder")
     parser.add_argument("dir", metavar="DIR", type=Path, help="does not exist yet, or is empty")
     parser.add_argument("--to", choices=["hf"], default="hf", help="the format")
@@ -343,4 +341,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config.command(main)
+    config.command(main, parses=True)

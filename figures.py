@@ -1,6 +1,8 @@
 """Figures, table and report of runs, from their folders alone.
 
-    python figures.py runs/demo [runs/paper ...] [--out DIR]
+    python figures.py runs/demo [runs/paper ...] [--out DIR]      into DIR, or the first run's own folder
+    python figures.py runs/demo                                   one run
+    python figures.py runs/ours runs/paper --out compared         several, beside each other
 
 Of each run: timeline (grids above, who trained below) and power (kW and kgCO2/h over time). Of all runs together:
 perplexity (over time), emissions (beside the baselines and the floor), curtailed (share of the energy inside windows),
@@ -107,10 +109,10 @@ def timeline(run: dict):
         color, line = style[name]
         top.step(when, values, where="post", color=color, ls=line, lw=1.5, label=f"{name} ({trace.region})")
         highest = max(highest, float(trace.values[inside].max()))
-    threshold = cfg.policy.on_below_g_per_kwh
-    if cfg.policy.name == "threshold":
-        top.axhline(threshold, color=INK, lw=0.9)
-        top.annotate(f"threshold {threshold:g}", (1.0, threshold), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+    bounds = config.thresholds(cfg)
+    if bounds and cfg.policy.objective == "carbon":
+        top.axhline(bounds[0], color=INK, lw=0.9)
+        top.annotate(f"threshold {bounds[0]:g}", (1.0, bounds[0]), xycoords=("axes fraction", "data"), xytext=(-4, 3),
                      textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color=INK)  # fmt: skip
     if priced:
         for name in sites:
@@ -130,7 +132,10 @@ def timeline(run: dict):
     low, high = (min(losses), np.percentile(losses, 99.5)) if losses else (0, 1)
     for panel, name in zip(panels, sites):
         color, _ = style[name]
-        for a, b in run["traces"][cfg.sites[name].region].below(threshold, start, start + end_s):
+        known = report.windows(cfg, name, run["traces"], run["prices"], start, start + end_s)
+        if known is None:  # the policy has no threshold: where the grid was curtailed
+            known = run["traces"][cfg.sites[name].region].below(cfg.carbon.curtailed_below_g_per_kwh, start, start + end_s)
+        for a, b in known:
             panel.axvspan(moment(a), moment(b), color=WINDOW, lw=0)
         trained = [r for r in rows if r.site == name and r.state == "training"]
         steps = [s for s in run["steps"] if s["site"] == name]
@@ -150,7 +155,8 @@ def timeline(run: dict):
     last.set_xlim(moment(start), moment(start + end_s))
     last.xaxis.set_major_locator(mdates.AutoDateLocator(minticks=5, maxticks=10))
     last.xaxis.set_major_formatter(mdates.DateFormatter("%H:%M"))
-    last.set_xlabel(f"UTC, from {carbon.iso(start)[:10]}; shaded: below the threshold; bars: training")
+    shaded = "the threshold" if bounds and cfg.policy.objective != "mix" else f"{cfg.carbon.curtailed_below_g_per_kwh:g} gCO$_2$/kWh"
+    last.set_xlabel(f"UTC, from {carbon.iso(start)[:10]}; shaded: below {shaded}; bars: training")
     for axis in axes[1:]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8.5)
@@ -339,13 +345,14 @@ def curtailed(runs: list[dict]):
 
 
 def smoothed(run: dict) -> tuple[np.ndarray, np.ndarray]:
-    """(s since clock.start, EMA of the train loss) over the logged steps of all sites in time order."""
-    steps = sorted(run["steps"], key=lambda r: (r["t_s"], r["site"]))
-    out, smooth = [], None
-    for record in steps:
-        smooth = record["loss"] if smooth is None else report.EMA * smooth + (1 - report.EMA) * record["loss"]
-        out.append(smooth)
-    return np.array([r["t_s"] for r in steps]), np.array(out)
+    """(s since clock.start, EMA of the train loss) over all steps of all sites in time order. Bias-corrected, so that runs of few and
+    of many steps compare; the summary's train_ppl_best, the paper's, is not."""
+    found = report.all_losses(run["steps"])
+    out, smooth = [], 0.0
+    for i, (_, loss) in enumerate(found, 1):
+        smooth = report.EMA * smooth + (1 - report.EMA) * loss
+        out.append(smooth / (1 - report.EMA**i))
+    return np.array([t_s for t_s, _ in found]), np.array(out)
 
 
 def lines_of(runs: list[dict], over, xlabel: str, transform, ylabel: str):

@@ -15,7 +15,6 @@ Values are what the policy decides by: gCO2/kWh, or what its objective makes of 
 
 import numpy as np
 
-KINDS = ("persistence", "yesterday", "issued", "truth")
 DAY_S = 86400
 
 
@@ -62,9 +61,6 @@ class Forecast:
             self.past[site].add(self.slot(t), value)
         if ahead is not None:
             self.issued[site] = ahead
-
-    def known(self, site: str) -> bool:
-        return site in self.past
 
     def ahead(self, t: float, site: str, n: int) -> np.ndarray:
         """(n,) expected values of the slot that holds t and of those after it. The site must have been observed."""

@@ -11,7 +11,6 @@ What the model has read stays as keys and values of each layer, so that a token 
 all. It has seq_len positions: when they are full it reads the newer half of them anew, and goes on.
 """
 
-import argparse
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,7 +101,7 @@ def load(name: str, round_: int | None) -> Stored:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="generate.py")
     parser.add_argument("run", metavar="RUN", help="a name in runs/, a run's folder, or a folder in Hugging Face's format")
     parser.add_argument("--prompt", default="", help="what the text begins with")
     parser.add_argument("--tokens", type=int, default=200, help="at most so many new ones")
@@ -131,4 +130,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config.command(main)
+    config.command(main, parses=True)

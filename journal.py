@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from config import BadInput
-from ledger import Ledger
+from ledger import Ledger, count
 
 # What differs between a live run and its replay from decisions alone.
 MEASURED = ("n", "wall", "digest", "digest_theta", "digest_m", "wire")
@@ -183,8 +183,8 @@ class Replay:
             self._left += Counter()  # drops what is used up
 
 
-def check(records: list[dict], num_batches: int) -> list[tuple[bool, str]]:
-    """The invariants of a run that its journal can show, one (holds, sentence) each."""
+def check(records: list[dict], num_batches: int, tokens_per_step: int) -> list[tuple[bool, str]]:
+    """The invariants of a run that its journal can show, one (holds, sentence) each. A batch has tokens_per_step tokens."""
     out = []
     out.append(([r["n"] for r in records] == list(range(len(records))), "record numbers are contiguous"))
     held = effective(records)
@@ -200,10 +200,8 @@ def check(records: list[dict], num_batches: int) -> list[tuple[bool, str]]:
         except AssertionError:
             once = False
     out.append((once, f"each batch is committed at most once ({ledger.num_committed:,} of {num_batches:,})"))
-    tokens = [c["tokens"] * num_batches for c in commits]
-    sums = [sum(b - a for ranges in c["batches"].values() for a, b in ranges) for c in commits]
-    per_step = {t // num_batches / s for t, s in zip(tokens, sums) if s}
-    out.append((len(per_step) <= 1, "committed tokens are the sum of the contributions"))
+    summed = all(c["tokens"] == tokens_per_step * sum(map(count, c["batches"].values())) for c in commits)
+    out.append((summed, "committed tokens are the sum of the contributions"))
     opened = {r["round"]: r for r in held if r["type"] == "open"}
     leased = all(c["round"] in opened and set(c["batches"]) <= set(opened[c["round"]]["members"]) for c in commits)
     out.append((leased, "nothing is committed without an open round and its members"))

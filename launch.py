@@ -1,6 +1,8 @@
 """Everything on one machine: the coordinator and one torchrun per site, as processes of their own.
 
     python launch.py configs/demo.yaml [key=value ...]
+    python launch.py configs/demo.yaml run=two only=[california,texas] sites.texas.ranks=2
+    python launch.py configs/mini_paper.yaml fresh=true
 
 Shows what happens live (a table of sites on a terminal, plain lines elsewhere), starts again what was killed, leaves no
 process behind whatever way it ends, draws the figure, and exits with the coordinator's exit code. It starts just what the
@@ -11,9 +13,11 @@ import ctypes
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -127,7 +131,8 @@ class Screen:
 def main(argv: list[str]) -> int:
     cfg = config.load(argv)  # bad input is said here, before anything starts
     run_dir = config.run_dir(cfg)
-    env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+    scratch = tempfile.mkdtemp(prefix="curtail-")  # torchrun and wandb leave things in the temporary folder
+    env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1", "TMPDIR": scratch}
     children: dict[str, subprocess.Popen] = {}
     logs = {}
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -180,6 +185,7 @@ def main(argv: list[str]) -> int:
         if screen:
             screen.close()
             provision.stop_left(cfg)  # of a coordinator that could not
+        shutil.rmtree(scratch, ignore_errors=True)
     code = config.EXIT_FAILED if code < 0 else code
     if code in (config.EXIT_DONE, config.EXIT_BUDGET_LEFT) and (run_dir / "summary.json").exists():
         subprocess.run([sys.executable, str(HERE / "figures.py"), str(run_dir)], env=env, check=False)

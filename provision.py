@@ -4,6 +4,8 @@
     jobs.follow(t, run, connected)              once per turn of its loop; never blocks
     jobs.close()                                at the run's end: nothing is left running
     python provision.py stop runs/demo          by hand: stop what a coordinator that is gone for good has left running
+    python coordinator.py configs/slurm.yaml    a run whose coordinator starts and stops Slurm jobs
+    python launch.py configs/demo.yaml run=local clock.mode=wall clock.max_hours=0.05 provision.mode=local
 
 `provision.mode`, which may differ from site to site (`sites.NAME.provision`):
 

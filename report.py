@@ -8,7 +8,9 @@ import errno
 import json
 import math
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +35,35 @@ def clock(cfg, t_s: float) -> str:
     return carbon.iso(config.start_unix(cfg) + t_s)[11:16]
 
 
-def opening(cfg, traces, num_params: int, address: str, predicted_end_s: float | None, timeouts) -> str:
+def policy_words(cfg) -> str:
+    """What the policy decides by, in one line."""
+    p, bounds = cfg.policy, config.thresholds(cfg)
+    what = {"carbon": "MCI", "price": "price", "mix": f"MCI + {p.mix_kg_per_currency:g} kg per {carbon.currency(cfg)}"}[p.objective]
+    if bounds:
+        words = f"{what}, on below {bounds[0]:g}, off above {bounds[1]:g} {bounds[2]}"
+        words += "" if p.name != "threshold" or not p.off_delay_s else f" for {p.off_delay_s:g} s"
+    elif p.name == "percentile":
+        words = f"{what}, the lowest {p.percentile:g} % of the last {p.percentile_hours:g} h"
+    elif p.name == "always":
+        words = "whatever the grid does"
+    else:
+        words = f"{what}, " + (f"the budget within {p.deadline_h:g} h" if p.deadline_h else f"{p.horizon_h:g} h ahead")
+    both = ((p.cap_g_per_kwh, "gCO2/kWh"), (p.cap_price_per_mwh, f"{carbon.currency(cfg)}/MWh"))
+    caps = [f"never above {cap:g} {unit}" for cap, unit in both if cap is not None]
+    return f"{p.name}: {'; '.join([words, *caps])}"
+
+
+def windows(cfg, name: str, traces, prices, start: int, end: int) -> list[tuple[float, float]] | None:
+    """Unix [begin, end) in which a site's grid is below the policy's threshold; None where the policy has none, or decides by more
+    than one signal."""
+    bounds, site = config.thresholds(cfg), cfg.sites[name]
+    if bounds is None or cfg.policy.objective == "mix":
+        return None
+    signal = prices[carbon.price_column(site)] if cfg.policy.objective == "price" else traces[site.region]
+    return signal.below(bounds[0], start, min(end, signal.end))
+
+
+def opening(cfg, traces, prices, num_params: int, address: str, predicted_end_s: float | None, timeouts) -> str:
     """A dozen lines: what will be trained, where, when, and where it is written."""
     start, end_s = config.start_unix(cfg), predicted_end_s
     live = "" if end_s is not None else (
@@ -45,14 +75,14 @@ def opening(cfg, traces, num_params: int, address: str, predicted_end_s: float |
         f"from {cfg.data.source} ({cfg.data.tokenizer})",
         f"  clock    {cfg.clock.mode}, from {carbon.iso(start)}; "
         + (f"signals {live}" if live else f"the schedule should end {carbon.iso(start + end_s)}, after {end_s / 3600:.1f} h"),
-        f"  policy   {cfg.policy.name}: on below {cfg.policy.on_below_g_per_kwh:g}, off above {cfg.policy.off_above_g_per_kwh:g} "
-        f"gCO2/kWh for {cfg.policy.off_delay_s:g} s",
+        f"  policy   {policy_words(cfg)}",
         f"  outer    {cfg.rounds.outer} lr {cfg.rounds.outer_lr:g} momentum {cfg.rounds.outer_momentum:g}; rounds of "
         f"{cfg.rounds.train_s:g} s + {cfg.rounds.sync_s:g} s sync; inner state {cfg.rounds.inner_state}; {cfg.sync.topology}",
     ]
     for name, site in list(cfg.sites.items())[:SHOWN]:
-        windows = [] if live else traces[site.region].below(cfg.policy.on_below_g_per_kwh, start, traces[site.region].end)
-        text = ", ".join(f"{carbon.iso(a)[11:16]}-{carbon.iso(b)[11:16]}" for a, b in windows[:4]) or ("as they come" if live else "none")
+        known = None if live else windows(cfg, name, traces, prices, start, traces[site.region].end)
+        text = ", ".join(f"{carbon.iso(a)[11:16]}-{carbon.iso(b)[11:16]}" for a, b in (known or [])[:4])
+        text = text or ("as they come" if known is None else "none")
         lines.append(f"  {name:15} {site.region:12} {site.tokens_per_s:g} tokens/s, {site.train_kw:g} kW; windows {text}")
     if len(cfg.sites) > SHOWN:
         lines.append(f"  and {len(cfg.sites) - SHOWN} more sites")
@@ -156,17 +186,27 @@ class Panel:
         self.lines = Lines(self.path)
         self.wandb = None
         if cfg.wandb.mode != "disabled":
-            import wandb
-
-            config.run_dir(cfg).mkdir(parents=True, exist_ok=True)
-            self.wandb = wandb.init(
-                project=cfg.wandb.project, group=cfg.run, name=name, id=f"{run_id}-{name}", mode=cfg.wandb.mode,
-                resume="allow" if cfg.wandb.mode == "online" else None, dir=str(config.run_dir(cfg)), config=config.plain(cfg),
-                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True),
-            )  # fmt: skip
+            self.wandb = self._open(run_id)
             for axis in ("tokens", "hours", "emissions/kg", *([cost_key(cfg)] if cfg.price.trace else [])):
                 self.wandb.define_metric(axis)
             self.wandb.define_metric("*", step_metric="tokens")
+
+    def _open(self, run_id: str):
+        """wandb's run. What wandb puts into the temporary folder when it is imported, and leaves there if its process ends by
+        os._exit, goes into a folder of ours, which `finish` removes."""
+        cfg, name = self.cfg, self.name
+        self.scratch = (config.run_dir(cfg) / "wandb" / f"scratch-{name}").absolute()
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        before, tempfile.tempdir = tempfile.tempdir, str(self.scratch)
+        try:
+            import wandb
+        finally:
+            tempfile.tempdir = before
+        return wandb.init(
+            project=cfg.wandb.project, group=cfg.run, name=name, id=f"{run_id}-{name}", mode=cfg.wandb.mode,
+            resume="allow" if cfg.wandb.mode == "online" else None, dir=str(config.run_dir(cfg)), config=config.plain(cfg),
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True),
+        )  # fmt: skip
 
     def rewind(self, round_: int) -> None:
         """Leave out what an earlier process logged of rounds that will be trained again."""
@@ -213,6 +253,7 @@ class Panel:
             words = ("energy_method", "currency")
             self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, (int, float)) or k in words})
             self.wandb.finish()
+            shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 def cost_key(cfg) -> str:
@@ -327,13 +368,19 @@ def summarize(
 
 
 def train_ppl_best(steps: list[dict]) -> float | None:
-    """Lowest perplexity of the EMA-0.99 train loss over all logged steps of all sites in time order; the average
-    starts at the first value, without bias correction (as the paper's plots do)."""
+    """Lowest perplexity of the EMA-0.99 train loss over all steps of all sites in time order; the average starts at the first
+    value, without bias correction (as the paper's plots do)."""
     smooth, best = None, math.inf
-    for record in sorted(steps, key=lambda r: (r["t_s"], r.get("site", ""))):
-        smooth = record["loss"] if smooth is None else EMA * smooth + (1 - EMA) * record["loss"]
+    for _, loss in all_losses(steps):
+        smooth = loss if smooth is None else EMA * smooth + (1 - EMA) * loss
         best = min(best, smooth)
     return math.exp(best) if steps else None
+
+
+def all_losses(steps: list[dict]) -> list[tuple[float, float]]:
+    """(t_s, train loss) of every step of all sites in time order, from their logged steps and what those say of the ones between."""
+    found = [(t_s, r.get("site", ""), loss) for r in steps for t_s, loss in (*r.get("since", ()), (r["t_s"], r["loss"]))]
+    return [(t_s, loss) for t_s, _, loss in sorted(found) if math.isfinite(loss)]
 
 
 def load_steps(run_dir: Path, sites) -> list[dict]:

@@ -564,6 +564,10 @@ class Run:
         self._actions.append(Action("attempt", None, {"round": now.number, "attempt": a.number, "members": a.members,
                                                       "weights": a.weights, "wire": now.wire, "topology": topology}))  # fmt: skip
 
+    def attempting(self, site: str, number: int, attempt: int) -> bool:
+        """Is a site, still, a member of this attempt of this round?"""
+        return self.now is not None and number == self.now.number and self._attempting(site, attempt)
+
     def _attempting(self, site: str, attempt: int) -> bool:
         a = self.now.agreement if self.phase == "reduce" else None
         return a is not None and attempt == a.number and site in a.tokens and site not in a.gone
@@ -689,6 +693,8 @@ class Run:
         self.ledger.commit(used)
         self.round += 1
         self.blown = 0
+        if not self.facts.timed:  # the next leaver needs this long: the last measured sync, old ones fading
+            self.sync_s = max(t - now.freeze_s, 0.5 * self.sync_s)
         living, tokens = a.living, sum(a.tokens.values())
         wasted = {s: n for s in now.members if s not in a.tokens and (n := self._trained(t, s) * self.facts.tokens_per_step)}
         self.holds |= dict.fromkeys(living, self.round)

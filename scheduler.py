@@ -146,7 +146,7 @@ class Threshold:
         return "stop" if site.value > self.off else "keep"
 
     def matters(self, values: np.ndarray) -> np.ndarray:
-        """(n,) bool: the samples of a trace (n,) that can change a decision made at the sample before."""
+        """(n,) bool: the samples of a trace (n,) that can change a decision made at the sample before. Not inherited, see `sieve`."""
         kind = np.where(values < self.on, 0, np.where(values > self.off, 2, 1))
         return np.append(True, kind[1:] != kind[:-1])
 
@@ -183,6 +183,8 @@ class Threshold:
 class Always(Threshold):
     """Train regardless of the grid: the baselines."""
 
+    matters = Threshold.matters
+
     def wants(self, t: float, name: str, site: Site) -> str:
         return "start"
 
@@ -199,8 +201,6 @@ class BreakEven(Threshold):
     What riding emits too much: train_kw x (value - off) x time since the gap began. What a restart would: idle_kw x `on` x
     restart_s, since it happens below `on`. So a gap that turns out long costs at most twice what knowing it would have.
     """
-
-    matters = None
 
     def observe(self, t: float, name: str, site: Site) -> None:
         if not site.up or site.value is None or site.value <= self.off:
@@ -236,8 +236,6 @@ class ForecastGate(Threshold):
     """Start only if every value that the forecast expects for a restart plus min_window_s is below `on`: shorter windows cost
     a start and train little or nothing."""
 
-    matters = None
-
     def __init__(self, policy, unknown_after_s: float, forecast: Forecast):
         super().__init__(policy, unknown_after_s, forecast)
         self.min_window_s = policy.min_window_s
@@ -259,8 +257,6 @@ class ForecastGate(Threshold):
 class Percentile(Threshold):
     """The thresholds are a share of what the site itself has seen in the last percentile_hours: for grids that are never, or
     nearly always, below a fixed one. Until a day has been seen, the fixed ones."""
-
-    matters = None
 
     def __init__(self, policy, unknown_after_s: float, forecast: Forecast):
         super().__init__(policy, unknown_after_s, forecast)
@@ -284,7 +280,7 @@ class Percentile(Threshold):
 class Joint:
     """Policies that decide for all sites together, anew at every sample and every move: `replan` sets what is pending."""
 
-    joint, matters = True, None
+    joint = True
 
     def __init__(self, policy, unknown_after_s: float, forecast: Forecast, train_s: float, sync_s: float):
         """train_s, sync_s: of a federated round."""
@@ -599,6 +595,12 @@ def policy_of(policy, unknown_after_s: float = 300.0, forecast: Forecast | None 
     kind = POLICIES[policy.name]
     more = (train_s, sync_s) if issubclass(kind, Joint) else ()
     return kind(policy, unknown_after_s, forecast, *more)
+
+
+def sieve(policy: Threshold | Joint) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Which samples of a trace the policy needs; None: all. Only a class's own word counts: one that decides otherwise than the class
+    it is made from may need what that leaves out."""
+    return policy.matters if "matters" in vars(type(policy)) else None
 
 
 class Schedule:

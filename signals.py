@@ -45,9 +45,6 @@ MAX_BYTES = 8 << 20  # of an answer; three days of 5-minute forecast are 60 kB
 TAIL_BYTES = 1 << 20  # of a CSV file that are read each time
 MAX_RETRY_AFTER_S = 3600.0
 AHEAD_S = 300.0  # how far a source's clock may be ahead of ours
-# How sources write our units, in small letters without what follows CO2 and spaces.
-UNITS = {"g/kwh": "g/kWh", "gco2/kwh": "g/kWh", "kg/kwh": "kg/kWh", "kgco2/kwh": "kg/kWh", "kg/mwh": "kg/MWh", "kgco2/mwh": "kg/MWh",
-         "lb/mwh": "lb/MWh", "lbs/mwh": "lb/MWh", "lbco2/mwh": "lb/MWh", "lbsco2/mwh": "lb/MWh", "lbs_co2_per_mwh": "lb/MWh"}  # fmt: skip
 
 
 class Unread(Exception):
@@ -73,7 +70,7 @@ def intensity(value, unit: str) -> float:
     """A value in a source's unit as gCO2/kWh. Raises Unread for what cannot be one."""
     if re.search(r"percent|%|index", unit.lower()):
         raise Unread(f"{unit!r:.40} is an index, not an intensity; ask for gCO2/kWh or lb/MWh")
-    known = UNITS.get(re.sub(r"(?<=co2)e(q(uiv)?)?(?=/)", "", re.sub(r"\s", "", unit.lower().replace("₂", "2"))))
+    known = config.intensity_unit(unit)
     if known is None:
         raise Unread(f"unit {unit!r:.40} is none of {', '.join(G_PER_KWH)}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):

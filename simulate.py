@@ -24,7 +24,7 @@ from carbon import Meter, Trace, load_forecasts, load_prices, load_traces, price
 from forecast import Forecast
 from journal import order
 from rounds import Action, Run, facts_of
-from scheduler import INFINITY, Objective, Schedule, Site, policy_of
+from scheduler import INFINITY, Objective, Schedule, Site, policy_of, sieve
 
 
 def new_run(cfg, traces: dict[str, Trace], live=None) -> tuple[Run, "Samples"]:
@@ -46,7 +46,7 @@ def new_run(cfg, traces: dict[str, Trace], live=None) -> tuple[Run, "Samples"]:
     if not live:
         issued = load_forecasts(cfg) if forecast and forecast.kind == "issued" else {}
         ahead = {name: issued[s.region] for name, s in cfg.sites.items() if s.region in issued}
-        samples = Samples(by_site, start, end_s, policy.matters if timed and objective.plain else None, ahead)
+        samples = Samples(by_site, start, end_s, sieve(policy) if timed and objective.plain else None, ahead)
     schedule = Schedule(policy, sites, timed, samples.at if timed else None, None if objective.plain else objective, cfg.policy.max_sites)
     return Run(facts, schedule, Meter(list(sites))), live or samples
 

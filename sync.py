@@ -67,13 +67,6 @@ class Flat:
             at += n
         return out
 
-    def write(self, flat: Tensor, model: nn.Module) -> None:
-        at = 0
-        with torch.no_grad():
-            for (_, shape, n), p in zip(self.items, model.parameters()):
-                p.copy_(flat[at : at + n].view(shape))
-                at += n
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Averaging

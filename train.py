@@ -1,6 +1,8 @@
 """One site. It trains while its grid throws clean power away, and agrees with the other sites on one model.
 
     torchrun --nproc_per_node=1 train.py configs/demo.yaml site=california [key=value ...]
+    torchrun --nproc_per_node=4 train.py configs/d20.yaml site=texas
+    torchrun --nnodes=2 --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 train.py configs/d20.yaml site=texas
 
 The coordinator (coordinator.py) says when: this process connects to it, waits, and is told to fetch the model, to
 train a round, to average it with others, to drop everything. Read `main` first: it is the algorithm of a round.
@@ -20,13 +22,18 @@ README); this file only connects outwards, gloo binds sync.interface.
 
 import ctypes
 import math
+import os
 import queue
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import uuid
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -130,6 +137,8 @@ class Site:
         self.cfg, self.name, self.spec, self.shard = cfg, cfg.site, cfg.sites[cfg.site], shard
         self.virtual = cfg.clock.mode == "virtual"
         self.queued: Step | None = None
+        self.unlogged: list[list[float]] = []  # [t_s, loss] of the steps read since the last that was logged
+        self.write_last = None  # logs the last of them
         self.frozen_at = 0.0  # monotonic; 0: no sync behind us
         self.excused_s = 0.0  # since then: evaluation, and waiting for slower members
         self.stall_s: float | None = None
@@ -424,6 +433,8 @@ class Site:
         """Hold still. Federated: report and wait in `agree`. Local: theta_i is the next theta; it travels to the
         coordinator while we train on, and counts once it is stored there."""
         self.read_step()
+        if self.unlogged:  # a round's last step is logged, however many came before it
+            self.write_last(told=False)
         if plan.mode == "void":
             return
         train_s, steps = time.monotonic() - plan.started, plan.done
@@ -528,22 +539,28 @@ class Site:
             self.read_step()
 
     def read_step(self) -> None:
-        """Wait for the queued step. A round's first step and every log.every_steps: a line in SITE.jsonl and wandb, a word to the
-        coordinator."""
+        """Wait for the queued step. A round's first step, its last and every log.every_steps: a line in SITE.jsonl and wandb, a word
+        to the coordinator. The line also has the losses of the steps since the line before."""
         step, self.queued = self.queued, None
         if step is None:
             return
         plan, loss = step.plan, step.loss.item()
         if not math.isfinite(loss) and plan.bad_step is None:
             plan.stop, plan.bad_step = True, step.done
-        if step.done > 1 and step.done % self.cfg.log.every_steps:
-            return
-        drawn = self.energy()
-        per_step, kw = self.cfg.data.tokens_per_step, self.spec.train_kw
         elapsed = time.monotonic() - plan.started
-        rate = step.done * per_step / elapsed
         trained_s = step.done * config.step_s(self.cfg, self.name) if self.virtual else elapsed
+        self.unlogged.append([round(plan.open_s + trained_s, 3), loss])
+        self.write_last = partial(self._write_step, step, loss, elapsed, trained_s)
+        if step.done == 1 or step.done % self.cfg.log.every_steps == 0:
+            self.write_last()
+
+    def _write_step(self, step: Step, loss: float, elapsed: float, trained_s: float, told: bool = True) -> None:
+        drawn, plan = self.energy(), step.plan
+        per_step, kw = self.cfg.data.tokens_per_step, self.spec.train_kw
+        rate = step.done * per_step / elapsed
         t_s, method = plan.open_s + trained_s, "model"
+        *since, _ = self.unlogged
+        self.unlogged = []
         if drawn and plan.drawn_kwh is not None:
             method, kw = drawn["energy"]["method"], (drawn["energy"]["kwh"] - plan.drawn_kwh) / trained_s * 3600
         emitted_kg, mci = integrate([(t, mci) for t, mci, _ in plan.signal], plan.open_s, t_s, kw)
@@ -555,14 +572,16 @@ class Site:
             wall["stall_s"], self.stall_s = round(self.stall_s, 4), None
         record = {
             "t_s": round(t_s, 3), "round": plan.round, "step": round(step.position / per_step), "batch": step.batch, "loss": loss,
+            "since": since,
             "lr": step.lr, "tokens": int(step.position), "tok_per_s": self.spec.tokens_per_s if self.virtual else round(rate, 1),
             "state": "training", "mci_g_per_kwh": mci, "power_kw": kw, "energy_kwh": plan.energy_kwh + energy_kwh(kw, trained_s),
             "emissions_kg": plan.emissions_kg + emitted_kg, "cost": None if plan.cost is None else plan.cost + paid,
             "price_per_mwh": price, "energy_method": method, "wall": wall,
         }  # fmt: skip
         self.panel.step(record, plan.mode)
-        told = {k: v for k, v in record.items() if k != "wall"} | {"tok_per_s": rate, "mfu": wall.get("mfu")}
-        self.tell(type="progress", mode=plan.mode, **told, **drawn)
+        if told:
+            words = {k: v for k, v in record.items() if k not in ("wall", "since")} | {"tok_per_s": rate, "mfu": wall.get("mfu")}
+            self.tell(type="progress", mode=plan.mode, **words, **drawn)
 
 
 def integrate(signal_: list, t0: float, t1: float, power_kw: float) -> tuple[float, float | None]:
@@ -577,6 +596,13 @@ def integrate(signal_: list, t0: float, t1: float, power_kw: float) -> tuple[flo
     return charged(power_kw, total), last
 
 
+def remove_torchrun_s_folder() -> None:
+    """torchrun makes a folder for logs that nobody asked for, and leaves it behind."""
+    folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "/")).parents[:4][-1]
+    if folder.name.startswith("torchelastic_") and folder.parent == Path(tempfile.gettempdir()):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def die_with_parent() -> None:
     """Linux: do not outlive torchrun, even if it is killed."""
     if sys.platform == "linux":
@@ -585,4 +611,5 @@ def die_with_parent() -> None:
 
 if __name__ == "__main__":
     die_with_parent()
+    remove_torchrun_s_folder()
     config.command(main)

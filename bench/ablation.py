@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -30,7 +31,6 @@ from reference import train as reference  # noqa: E402
 import carbon  # noqa: E402
 import config  # noqa: E402
 import simulate  # noqa: E402
-import sync  # noqa: E402
 from data import Corpus  # noqa: E402
 from model import GPT, shape_of  # noqa: E402
 
@@ -87,7 +87,7 @@ def validation(cfg, theta: torch.Tensor) -> float:
     """Nats per token of data.val_tokens held-out tokens."""
     corpus = Corpus(cfg)
     model = GPT(shape_of(cfg.model, corpus.vocab))
-    sync.Flat(model).write(theta, model)
+    torch.nn.utils.vector_to_parameters(theta, model.parameters())
     nats = tokens = 0.0
     with torch.no_grad():
         for _, (ids, targets) in corpus.validation(cfg.data.val_tokens, 32):
@@ -151,7 +151,8 @@ def main(argv: list[str]) -> int:
     done = {(r["name"], r["seed"]) for r in rows}
     todo = [(n, s) for s in seeds for n in names if (n, s) not in done]
     Corpus(config.load([CONFIG, *extra]))  # prepared once, before the processes want it
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    spawn = get_context("spawn")  # a fork would inherit the locks of BLAKE3's and torch's threads, and wait for ever
+    with ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
         for future in as_completed([pool.submit(one, n, s, extra) for n, s in todo]):
             rows.append(future.result())
             with open(path, "a") as file:

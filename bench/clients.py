@@ -16,7 +16,6 @@ again, and all come back. Printed for each: medians over the repetitions and the
 until `Link` has the answer, the site's own turn included. Bounds: 1 core, 500 MiB, 99th percentile 100 ms.
 """
 
-import argparse
 import collections
 import contextlib
 import heapq
@@ -501,7 +500,7 @@ class Bench:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = config.Parser()
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--repeat", type=int, default=3)
@@ -539,4 +538,4 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--crowd"]:
         crowd_command(sys.argv[2], int(sys.argv[3]))
-    sys.exit(main(sys.argv[1:]))
+    config.command(main, parses=True)

@@ -11,7 +11,7 @@ same site-hours by the same deadline, and neither averages nor loses time to sta
 import json
 import os
 import sys
-from multiprocessing import Pool
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,7 @@ def _play(args):
 
 
 def main(argv: list[str]) -> int:
-    parser = config.Parser(description=__doc__.partition("\n")[0])
+    parser = config.Parser()
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--forecast", default="yesterday")
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
     traces, rng = months(Path(os.environ["REFERENCE_DATA"])), np.random.default_rng(args.seed)
     cases = [draw(rng) for _ in range(args.draws)]
     work = [(case, traces, args.policy, f"policy.forecast={args.forecast}", *more) for case in cases]
-    with Pool(args.jobs) as pool:
+    with get_context("spawn").Pool(args.jobs) as pool:
         rows = pool.map(_play, work, chunksize=4)
     if args.json:
         print(json.dumps({"rows": rows}))
@@ -112,4 +112,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config.command(main)
+    config.command(main, parses=True)

@@ -16,6 +16,9 @@ import numpy as np
 import psutil
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+import config  # noqa: E402
 
 
 def tree_pss(root: psutil.Process) -> int:
@@ -88,4 +91,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    config.command(main)

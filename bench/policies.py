@@ -79,7 +79,7 @@ def play(args: tuple, region: str, *policy: str) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    parser = config.Parser(description=__doc__.partition("\n")[0])
+    parser = config.Parser()
     parser.add_argument("--months", default="all")
     parser.add_argument("--json", action="store_true")
     args, more = parser.parse_known_args(argv)
@@ -104,4 +104,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config.command(main)
+    config.command(main, parses=True)

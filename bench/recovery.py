@@ -13,7 +13,6 @@ killed with SIGKILL at a random moment of its all-reduce, and started again at o
 The machinery (processes, supervision, journal) is storm.py's. Ratios within one run; two busy cores are noisy.
 """
 
-import argparse
 import asyncio
 import json
 import random
@@ -25,7 +24,7 @@ import time
 from pathlib import Path
 
 import storm
-from storm import Bill, Fault, Trial, end_all, spread
+from storm import Bill, Fault, Trial, config, end_all, spread
 
 LARGER = {
     "model": {"depth": 64, "width": 128, "heads": 1, "kv_heads": 1, "seq_len": 64},
@@ -112,13 +111,13 @@ def bill_of(trial: Trial) -> dict:
     }  # fmt: skip
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str]) -> int:
+    parser = config.Parser()
     parser.add_argument("--deaths", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="no report, only the line of JSON")
     parser.add_argument("--keep", help="leave the run's folder here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rng, sites = random.Random(args.seed), list("abc")
     say = (lambda text: None) if args.json else (lambda text: print(text, file=sys.stderr, flush=True))
     plan = [Fault("kill", "".join(rng.sample(sites, 3)), "attempt", 3.0, round(rng.uniform(0.0, 0.12), 3)) for _ in range(args.deaths)]
@@ -139,4 +138,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    config.command(main, parses=True)

@@ -13,7 +13,6 @@ not committed, or a process, port or temporary file stays behind. --keep DIR: th
 A cut holds traffic back in both directions, as TCP does while packets are lost: nothing arrives, nothing is closed.
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -38,6 +37,7 @@ from omegaconf import OmegaConf
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
+import config  # noqa: E402
 from journal import effective, read  # noqa: E402
 
 START = "2026-01-11T17:00:00Z"
@@ -574,14 +574,14 @@ def account(trial: Trial, seed: int) -> dict:
     }  # fmt: skip
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str]) -> int:
+    parser = config.Parser()
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--sites", type=int, default=3, choices=(3, 4))
     parser.add_argument("--json", action="store_true", help="no report, only the line of JSON")
     parser.add_argument("--keep", help="leave the run's folder here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     started, sites = time.time(), list("abcd"[: args.sites])
     say = (lambda text: None) if args.json else (lambda text: print(text, file=sys.stderr, flush=True))
     folder = Path(tempfile.mkdtemp(prefix="storm-")).resolve()
@@ -615,4 +615,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    config.command(main, parses=True)

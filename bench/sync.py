@@ -14,7 +14,6 @@ at the same time: a bare gloo all-reduce of the parameters, one pass for the del
 and removes all that afterwards. Threads: one per rank. Memory: the peak of a rank's process over its fp32 parameters.
 """
 
-import argparse
 import atexit
 import json
 import os
@@ -367,7 +366,7 @@ def flower(args, params: int) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench/sync.py", description=__doc__.splitlines()[0])
+    parser = config.Parser()
     parser.add_argument("--params", type=float, default=124e6)
     parser.add_argument("--sites", type=int, default=2)
     parser.add_argument("--ranks", default="1", help="of each site, e.g. 2, or 1,2,4 one after the other")
@@ -416,4 +415,4 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--coordinator"]:
         as_coordinator(Path(sys.argv[2]), sys.argv[3:])
     else:
-        config.command(main)
+        config.command(main, parses=True)

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["--beside"]:
         print(json.dumps(beside(**json.loads(argv[1]))))
         return 0
-    parser = Parser(prog="bench/train.py", description=__doc__.splitlines()[0])
+    parser = Parser()
     parser.add_argument("config", nargs="+", help="CONFIG [key=value ...]")
     parser.add_argument("--count", action="store_true", help="measure nothing")
     parser.add_argument("--transformers", action="store_true", help="beside NanoChatForCausalLM")
@@ -234,4 +234,4 @@ def spread(values: list[float], as_: str) -> str:
 
 
 if __name__ == "__main__":
-    config.command(main)
+    config.command(main, parses=True)

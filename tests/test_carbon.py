@@ -242,7 +242,8 @@ def test_an_ambiguous_local_time_is_refused(tmp_path):
         read_trace(str(path), tz="Europe/Berlin", max_gap_s=3600)
 
 
-@pytest.mark.parametrize("unit, factor", [("g/kWh", 1), ("kg/kWh", 1000), ("kg/MWh", 1), ("lb/MWh", 0.45359237)])
+@pytest.mark.parametrize("unit, factor", [("g/kWh", 1), ("kg/kWh", 1000), ("kg/MWh", 1), ("lb/MWh", 0.45359237),
+                                          ("lbs_co2_per_mwh", 0.45359237), ("gCO2eq/kWh", 1)])  # fmt: skip
 def test_units_become_grams_per_kilowatt_hour(tmp_path, unit, factor):
     path = tmp_path / "t.csv"
     path.write_text("time,a\n2026-01-11 17:00,0.5\n2026-01-11 17:05,0.4\n" if unit == "kg/kWh"

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import export
 import generate
 from config import BadInput
 from model import GPT, Shape, shape_of
-from sync import Flat, StateFolder, digest, zeros
+from sync import StateFolder, digest, zeros
 from vault import Vault
 
 PROMPT = "seh naé <|bos|>"
@@ -44,7 +45,7 @@ def theta_of(shape: Shape, seed: int = 0) -> torch.Tensor:
 
 def model_of(shape: Shape, theta: torch.Tensor) -> GPT:
     model = GPT(shape)
-    Flat(model).write(theta, model)
+    torch.nn.utils.vector_to_parameters(theta, model.parameters())
     return model
 
 
@@ -169,6 +170,8 @@ def test_export_refuses_what_it_cannot_export(runner, monkeypatch):
         newest.write_bytes(broken)
         assert "is damaged" in (said := refused(export.main, "tiny", "x")) and "take --round 4" in said
     assert export.main(["tiny", "older", "--round", "4"]) == 0
+    modes = {path.name: path.stat().st_mode & 0o777 for path in Path("older").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"], "whoever may read one of its files may read all"
     (bare := runner.folder / "runs/bare").mkdir()
     (bare / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     assert "has no stored state" in refused(export.main, "bare", "x")

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 import carbon
 import config
 import floor
+import report
+import scheduler
 import simulate
 from carbon import Trace
 from config import BadInput
 from forecast import Forecast
+from scheduler import Threshold
 
 sys.path.insert(0, str(REPO / "bench"))
 import deadline as bench_deadline
@@ -313,6 +316,42 @@ def test_what_a_policy_cannot_do_is_one_line(keys, says):
     with pytest.raises(BadInput, match=says) as error:
         config.load([str(REPO / "configs/ours.yaml"), *keys])
     assert "\n" not in str(error.value)
+
+
+class Eager(Threshold):
+    """What a user may write: the paper's policy with bounds of its own."""
+
+    def wants(self, t, name, site):
+        return "keep" if site.value is None else "start" if site.value < 250 else "stop"
+
+
+def test_a_policy_made_from_another_gets_the_samples_it_needs(monkeypatch):
+    columns = [[40.0, 105.0, 150.0, 400.0, 150.0, 105.0] * 30, [105.0, 400.0, 400.0] * 60]
+    keys = ("policy.name=threshold",)
+    bounds = play(columns, *keys, "policy.on_below_g_per_kwh=250", "policy.off_above_g_per_kwh=250")[0]
+    monkeypatch.setitem(scheduler.POLICIES, "threshold", Eager)
+    assert moves(play(columns, *keys)[0], "provisioning", "off") == moves(bounds, "provisioning", "off") != []
+
+
+@pytest.mark.parametrize("keys, says", [
+    (["policy.name=threshold", "policy.off_delay_s=600"], "threshold: MCI, on below 100, off above 100 gCO2/kWh for 600 s"),
+    (["policy.name=forecast_gate"], "forecast_gate: MCI, on below 100, off above 100 gCO2/kWh"),
+    (["policy.name=always"], "always: whatever the grid does"),
+    (["policy.name=percentile"], "percentile: MCI, the lowest 20 % of the last 168 h"),
+    (["policy.name=deadline", "policy.deadline_h=16"], "deadline: MCI, the budget within 16 h"),
+    (["policy.name=plan", "policy.cap_g_per_kwh=300"], "plan: MCI, 24 h ahead; never above 300 gCO2/kWh"),
+    (["policy.name=break_even", "policy.objective=price"], "break_even: price, on below 100, off above 100 USD/MWh"),
+])  # fmt: skip
+def test_what_a_policy_decides_by_is_said_in_its_own_unit(keys, says):
+    cfg = config.load([str(REPO / "configs/demo.yaml"), "policy.off_delay_s=0", *keys])
+    assert report.policy_words(cfg) == says
+    traces = carbon.load_traces(cfg)
+    prices = carbon.load_prices(cfg, traces)
+    start = config.start_unix(cfg)
+    known = report.windows(cfg, "texas", traces, prices, start, start + 18 * 3600)
+    assert (known is None) == ("below" not in says)
+    if "USD" in says:
+        assert known == prices["SPP_TX"].below(100.0, start, start + 18 * 3600)
 
 
 def test_issued_forecasts_must_stand_beside_the_trace():

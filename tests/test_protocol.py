@@ -20,7 +20,7 @@ def finished(runner, argv, sites, **kwargs):
     code = runner.run(argv, sites, **kwargs)
     assert code == 0, runner.said() + "".join(runner.said(s) for s in sites)
     journal = runner.journal()
-    assert all(ok for ok, _ in check(journal, config.num_batches(runner.load(argv)))), runner.said()
+    assert all(ok for ok, _ in check(journal, config.num_batches(runner.load(argv)), 128)), runner.said()
     return journal
 
 
@@ -65,7 +65,7 @@ def test_ring_and_star_give_the_same_bits(runner, wire):
     argv = runner.write(PAIR, sync={"wire": wire})
     for run in ("ring", "star"):
         assert runner.run([*argv, f"run={run}", f"sync.topology={run}"], ["a", "b"]) == 0, runner.said()
-        assert all(ok for ok, _ in check(runner.journal(run), 40))
+        assert all(ok for ok, _ in check(runner.journal(run), 40, 128))
     digests = [[r["digest"] for r in runner.journal(run) if r["type"] == "commit"] for run in ("ring", "star")]
     assert digests[0][0] == digests[1][0] and len(digests[0]) >= 4
     if wire == "fp32":

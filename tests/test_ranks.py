@@ -95,8 +95,12 @@ def start(runner, argv: list[str]) -> list:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_killed_in_the_middle_of_a_round_end_where_no_stop_would_have(runner, parallel):
     argv = runner.write({"a": {"ranks": 2, "parallel": parallel, "device_batch": 1}}, budget={"tokens": 128 * 60})
-    head, _ = start(runner, [*argv, "run=calm"])
-    assert head.wait(120) == 0, runner.said() + runner.said("a")
+    (scratch := runner.folder / "tmp").mkdir()
+    runner.env |= {"TMPDIR": str(scratch)}
+    head, site = start(runner, [*argv, "run=calm", "wandb.mode=offline"])
+    assert head.wait(120) == site.wait(30) == 0, runner.said() + runner.said("a")
+    left = [path.name for path in scratch.iterdir() if not path.name.startswith("torchinductor_")]  # that is a cache
+    assert not left, "what torchrun, which a person has started, and wandb put into the temporary folder is gone"
 
     everyone = start(runner, argv)
     workers: list[psutil.Process] = []

@@ -422,7 +422,7 @@ def all_is_well(world: World) -> None:
         assert "non-finite" in world.run.reason
         return
     assert world.run.code == 0 and world.run.ledger.num_committed == BUDGET, world.run.reason
-    broken = [line for ok, line in check(world.journal, BUDGET) if not ok]
+    broken = [line for ok, line in check(world.journal, BUDGET, 10) if not ok]
     assert not broken, broken
 
 

@@ -15,6 +15,7 @@ from conftest import CLEAN, DIRTY, processes_in, write_trace
 import carbon
 import config
 import data
+import report
 from channel import Link
 from journal import check, effective
 
@@ -33,7 +34,7 @@ def committed(runner, number):
 
 
 def all_hold(runner, argv):
-    held = check(runner.journal(), config.num_batches(runner.load(argv)))
+    held = check(runner.journal(), config.num_batches(runner.load(argv)), 128)
     assert all(ok for ok, _ in held), [line for ok, line in held if not ok]
 
 
@@ -295,6 +296,9 @@ BAD = {
     "unknown region": (["sites.a.region=ATLANTIS"], "no column 'ATLANTIS'"),
     "no window": (["policy.on_below_g_per_kwh=10"], "policy.on_below_g_per_kwh=10: no window"),
     "budget does not divide": (["budget.tokens=1000"], "multiple of data.tokens_per_step=128; nearest: 1024"),
+    "only one site, a wrong one": (["only=fresno"], "only=fresno: unknown site; sites: a"),
+    "a day is no moment": (["clock.start=2024-05-01"], "names no zone; write e.g. 2024-05-01T00:00:00Z"),
+    "unit": (["carbon.unit=furlong"], "is not one of g/kWh, kg/kWh, kg/MWh, lb/MWh"),
     "live signals": (["clock.start=now"], "needs live signals"),
     "start outside the trace": (["clock.start=2020-01-01T00:00:00Z"], "outside"),
     "ring across hosts": (["sync.host=10.1.2.3"], "sync.trusted_network=true"),
@@ -318,6 +322,18 @@ def test_bad_input_is_one_line_and_exit_code_2(runner, name):
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert not runner.journal()
+
+
+def test_what_is_advised_is_accepted(runner, monkeypatch):
+    argv = runner.write({"a": {}, "b": {}})
+    assert list(runner.load([*argv, "only=b", "clock.start=2026-01-11T17:00:00Z"]).sites) == ["b"]
+    assert runner.load([*argv, "carbon.unit=lbs_co2_per_mwh"]).carbon.unit == "lb/MWh"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert runner.load(argv).wandb.mode == "online", "the environment goes over a file"
+    assert runner.load([*argv, "wandb.mode=offline"]).wandb.mode == "offline", "and the command line over it"
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(config.BadInput, match="WANDB_MODE=sometimes"):
+        runner.load(argv)
 
 
 def test_a_config_that_is_missing_or_broken(runner):
@@ -407,6 +423,8 @@ def test_killing_the_launcher_outright_leaves_no_process_either(runner):
 
 def test_launch_runs_a_whole_day_draws_the_figure_and_ends_in_a_table(runner):
     argv = runner.write(PAIR, {"a": [CLEAN] * 6 + [DIRTY], "b": [DIRTY, CLEAN]}, budget={"tokens": 128 * 40})
+    (scratch := runner.folder / "tmp").mkdir()
+    runner.env |= {"TMPDIR": str(scratch)}
     result = runner.call("launch.py", *argv, "wandb.mode=offline")
     assert result.returncode == 0, result.stdout + result.stderr
     run_id = runner.journal()[0]["wall"]["run_id"]
@@ -416,5 +434,18 @@ def test_launch_runs_a_whole_day_draws_the_figure_and_ends_in_a_table(runner):
         assert word in result.stdout
     assert (runner.run_dir / "figures" / "timeline.png").stat().st_size > 10_000
     assert not processes_in(runner.folder)
+    assert not list(scratch.iterdir()), "neither torchrun's nor wandb's folders stay"
     check_ = runner.call("coordinator.py", "check", "runs/tiny")
     assert check_.returncode == 0 and "BROKEN" not in check_.stdout
+
+
+@pytest.mark.slow
+def test_how_often_steps_are_logged_changes_no_figure_of_the_loss(runner):
+    """Every step's loss is in SITE.jsonl, on a line of its own or on the next one."""
+    argv, found = runner.write({"a": {}, "b": {}}, budget={"tokens": 128 * 24}), {}
+    for every in (1, 5, 1000):
+        assert runner.run([*argv, f"run=every{every}", f"log.every_steps={every}"], ["a", "b"]) == 0, runner.said()
+        steps = report.load_steps(runner.folder / "runs" / f"every{every}", "ab")
+        found[every] = report.all_losses(steps), report.train_ppl_best(steps), runner.summary(f"every{every}")["train_ppl_best"]
+    assert found[1] == found[5] == found[1000]
+    assert len(found[1][0]) == 24 and found[1][1] == found[1][2]

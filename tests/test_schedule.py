@@ -119,7 +119,7 @@ def test_whatever_joins_and_leaves_every_batch_is_committed_at_most_once_and_all
     records = [{"t_s": 0.0, "type": "genesis"}]
     simulate.drive(run, samples, journal=records.extend)
     numbered = [{"n": i} | r for i, r in enumerate(records)]
-    broken = [line for ok, line in check(numbered, given_["budget"]) if not ok]
+    broken = [line for ok, line in check(numbered, given_["budget"], 10) if not ok]
     assert not broken
     assert run.ended and records[-1]["type"] == "end"
     assert (run.code == 0) == (run.ledger.num_committed == given_["budget"])
@@ -265,7 +265,7 @@ def test_slow_stores_and_downloads_lose_no_batch(signals, off_delay_s, store_s, 
     facts = make_run(signals, **options)[0].facts
     wall, samples = make_run(signals, timed=False, **options)
     records = [{"t_s": 0.0, "type": "genesis"}, *drive_in_real_time(wall, samples, facts, store_s, fetch_s)]
-    assert all(ok for ok, _ in check([{"n": i} | r for i, r in enumerate(records)], budget))
+    assert all(ok for ok, _ in check([{"n": i} | r for i, r in enumerate(records)], budget, 10))
     assert wall.ended and not wall.pending
     assert wall.ledger.num_committed + count(wall.ledger.free) == budget, "no batch is lost"
     assert (wall.code == 0) == (wall.ledger.num_committed == budget)

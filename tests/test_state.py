@@ -17,12 +17,22 @@ from safetensors.torch import load_file
 
 import vault as vault_module
 from config import BadInput
-from journal import Journal, Unwritable, read
+from journal import Journal, Unwritable, check, read
 from sync import DTYPES, StateFolder, digest, save_file
 from vault import Vault
 
 records = st.lists(st.fixed_dictionaries({"t_s": st.just(0.0), "type": st.text(max_size=8), "x": st.integers() | st.text(max_size=30)}),
                    min_size=1, max_size=8)  # fmt: skip
+
+
+def test_tokens_that_no_batch_holds_are_found_in_a_journal():
+    def broken(tokens: int) -> list[str]:
+        opened = {"t_s": 0.0, "type": "open", "round": 0, "mode": "local", "members": ["a"]}
+        commit = {"t_s": 1.0, "type": "commit", "round": 0, "tokens": tokens, "batches": {"a": [[0, 3], [5, 6]]}}
+        return [line for ok, line in check([{"n": n} | r for n, r in enumerate((opened, commit))], 6, 128) if not ok]
+
+    assert not broken(4 * 128)
+    assert broken(4 * 999) == ["committed tokens are the sum of the contributions"]
 
 
 def test_ctrl_c_in_the_middle_of_a_write_writes_nothing_twice(tmp_path, monkeypatch):

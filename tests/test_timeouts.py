@@ -1,6 +1,7 @@
 """How long anybody waits for anybody: the one table of time-outs, and who is waited for in a round."""
 
-from dataclasses import astuple
+import time
+from dataclasses import astuple, replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_schedule import make_run
 
+import coordinator
 import timeouts
+import wire
 from config import BadInput
 
 
@@ -237,3 +240,23 @@ def test_a_member_that_hangs_while_its_heartbeats_go_on_does_not_keep_the_others
     for second in range(1001, 1100):
         answered(second, "a", "b")
     assert run.now.members == ["a", "b"], "one of them is back"
+
+
+def test_what_a_sync_takes_fades_once_a_sync_and_counts_only_accepted_votes():
+    """However many members there are: the guess of 40 s is halved by one sync of a second, not by each of three votes."""
+    run = open_round(sync_s=40.0)
+    run.facts = replace(run.facts, sync_s=40.0)
+    run.sync_s = 40.0
+    committed_round(run)
+    assert run.sync_s == 20.0
+    assert not run.attempting("a", 0, 1), "the attempt is over: a vote that comes now says nothing of the link"
+
+
+@pytest.mark.parametrize("format_", wire.FORMATS)
+def test_a_link_is_as_fast_as_the_bytes_it_carried(format_):
+    """1,000,000 numbers averaged in two seconds."""
+    heard = []
+    head = SimpleNamespace(virtual=False, attempt_began=time.monotonic() - 2.0, bytes_per_s=0.0, vault=SimpleNamespace(numel=1_000_000),
+                           _measured=heard.append)  # fmt: skip
+    coordinator.Coordinator._synced(head, format_)
+    assert heard == [pytest.approx(0.5 * wire.num_bytes(format_, 1_000_000) / 2.0, rel=0.05)]
