@@ -598,9 +598,9 @@ def integrate(signal_: list, t0: float, t1: float, power_kw: float) -> tuple[flo
 
 def remove_torchrun_s_folder() -> None:
     """torchrun makes a folder for logs that nobody asked for, and leaves it behind."""
-    folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "/")).parents[:4][-1]
-    if folder.name.startswith("torchelastic_") and folder.parent == Path(tempfile.gettempdir()):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents:
+        if folder.name.startswith("torchelastic_") and folder.parent == Path(tempfile.gettempdir()):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def die_with_parent() -> None:
