@@ -1,4 +1,4 @@
-"""A Hugging Face hub with one dataset, on loopback, for tests and rehearsals: what data.py asks for, and ways to be refused.
+"""A Hugging Face hub with one dataset, on loopback, for tests and rehearsals, and ways to be refused.
 
     server = Hub({"shard_00000.parquet": raw, ...})       any OWNER/DATASET is this one
     env |= {"HF_ENDPOINT": server.url, ...}               for whoever calls data.py
@@ -22,8 +22,11 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), Answer)
         self.files, self.sizes = files, {name: len(raw) for name, raw in files.items()}
-        self.refusal: tuple[int, dict[str, str]] | None = None  # status and headers of the answer to the first question
-        self.slow, self.cut = None, None  # files of which half is sent, then nothing | then, once, the connection is closed
+        self.refusal: tuple[int, dict[str, str]] | None = None  # status and headers, to the first question
+        self.slow, self.cut = (
+            None,
+            None,
+        )  # files of which half is sent, then nothing | then, once, the connection is closed
         self.gets: list[str] = []  # names, as they were asked for
         self.let_go = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -50,13 +53,23 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         name = self.path.rsplit("/", 1)[1]
-        self.answer(200, headers={"Content-Length": str(self.server.sizes[name]), "ETag": f'"{name}"', "X-Repo-Commit": COMMIT})
+        self.answer(
+            200,
+            headers={
+                "Content-Length": str(self.server.sizes[name]),
+                "ETag": f'"{name}"',
+                "X-Repo-Commit": COMMIT,
+            },
+        )
 
     def do_GET(self) -> None:
         hub, parts = self.server, self.path.split("/")
         if parts[1:3] == ["api", "datasets"] and "tree" in parts:
             files = [{"type": "file", "path": n, "size": s, "oid": n} for n, s in hub.sizes.items()]
-            self.answer(200, json.dumps([*files, {"type": "file", "path": "README.md", "size": 3, "oid": "r"}]).encode())
+            self.answer(
+                200,
+                json.dumps([*files, {"type": "file", "path": "README.md", "size": 3, "oid": "r"}]).encode(),
+            )
         elif parts[1:3] == ["api", "datasets"]:
             status, headers = hub.refusal or (200, {})
             self.answer(status, json.dumps({"id": "/".join(parts[3:5]), "sha": COMMIT}).encode(), headers)

@@ -1,11 +1,12 @@
-"""Where a rehearsal takes place: a scratch folder, real processes with logs, waits with a bound, and an end for all of them.
+"""Where a rehearsal takes place: a scratch folder, real processes with logs, bounded waits, an end for all.
 
     with Scene() as scene:
         head = scene.start("head", [python, "coordinator.py", ...], cwd)
         scene.until("round 3 is committed", lambda: ..., 60)
 
-`until` also fails as soon as a process that should be alive has ended. Whatever happens, no process whose working folder lies
-in the scratch folder outlives the scene: torchrun's ranks have sessions of their own, so groups alone would not do.
+`until` also fails as soon as a process that should be alive has ended. Whatever happens, no process whose
+working folder lies in the scratch folder outlives the scene: torchrun's ranks have sessions of their own, so
+groups alone would not do.
 """
 
 import contextlib
@@ -50,11 +51,10 @@ def free_port() -> int:
 class Scene:
     def __init__(self, keep: str | None = None):
         self.folder, self.keep = Path(tempfile.mkdtemp(prefix="rehearsal-")).resolve(), keep
-        self.env = os.environ | {
-            "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", "HF_HOME": str(self.folder / "hf"),
-            "HF_HUB_DISABLE_TELEMETRY": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TMPDIR": str(self.folder / "tmp"),
-        }  # fmt: skip
-        self.env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.folder / "inductor"))  # so that a restart does not compile anew
+        ours = {"HF_HOME": self.folder / "hf", "TMPDIR": self.folder / "tmp", "HF_HUB_DISABLE_TELEMETRY": 1}
+        plain = {"OMP_NUM_THREADS": 1, "TORCHINDUCTOR_COMPILE_THREADS": 1, "PYTHONUNBUFFERED": 1, "MPLBACKEND": "Agg"}
+        self.env = os.environ | {key: str(value) for key, value in (ours | plain).items()}
+        self.env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.folder / "inductor"))  # a restart finds it
         for name in ("tmp", "logs"):
             (self.folder / name).mkdir()
         self.alive: dict[str, subprocess.Popen] = {}  # processes that have no reason to end now
@@ -64,11 +64,14 @@ class Scene:
 
     def __exit__(self, *_) -> None:
         self.end_all()
-        if self.keep:
-            shutil.copytree(self.folder, self.keep, dirs_exist_ok=True, ignore_dangling_symlinks=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            if self.keep:
+                caches = shutil.ignore_patterns("tmp", "inductor")
+                shutil.copytree(self.folder, self.keep, dirs_exist_ok=True, ignore=caches)
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    # -- processes ----------------------------------------------------------------------------------------------------
+    # -- processes ---------------------------------------------------------------------------------------
 
     def log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
@@ -76,10 +79,10 @@ class Scene:
     def said(self, name: str) -> str:
         return self.log(name).read_text(errors="replace") if self.log(name).exists() else ""
 
-    def start(self, name: str, command: list, cwd: Path, env: dict | None = None) -> subprocess.Popen:
-        """A process that is expected to stay until `leaves` says otherwise; what it says is added to its log."""
+    def start(self, name: str, command: list, cwd: Path) -> subprocess.Popen:
+        """A process that is expected to stay until `leaves` says otherwise; its log grows by what it says."""
         with open(self.log(name), "ab") as log:
-            process = start([str(c) for c in command], self.env | (env or {}), cwd=cwd, stdout=log, stderr=log)
+            process = start([str(c) for c in command], self.env, cwd=cwd, stdout=log, stderr=log)
         self.alive[name] = process
         return process
 
@@ -93,24 +96,32 @@ class Scene:
         return process.returncode
 
     def call(self, name: str, command: list, cwd: Path, limit_s: float = 180.0, expect: int = 0) -> str:
-        """A program that is to end with exit code `expect` within limit_s seconds; returns what it printed on stdout."""
+        """A program that is to end with exit code `expect` within limit_s seconds; what it printed."""
         with open(self.log(name), "ab") as log:
-            process = start([str(c) for c in command], self.env, cwd=cwd, stdout=subprocess.PIPE, stderr=log, text=True)
+            piped = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
+            process = start([str(c) for c in command], self.env, cwd=cwd, **piped)
         try:
             out, _ = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
             raise Refuted(f"{name} did not end within {limit_s:g} s") from None
         with open(self.log(name), "a") as log:
             log.write(out)
-        require(process.returncode == expect, f"{name} ended with exit code {process.returncode}, expected {expect}")
+        require(
+            process.returncode == expect,
+            f"{name} ended with exit code {process.returncode}, expected {expect}",
+        )
         return out
 
     def until(self, what: str, true, limit_s: float):
-        """Wait until true() is; returns what it gave. Raises Refuted when limit_s seconds are over, or one of those alive has ended."""
+        """Wait until true() is; returns what it gave. Raises Refuted when limit_s seconds are over, or one of
+        those that should be alive has ended."""
         deadline = time.monotonic() + limit_s
         while not (found := true()):
             for name, process in self.alive.items():
-                require(process.poll() is None, f"{name} ended by itself with code {process.returncode} while waiting until {what}")
+                require(
+                    process.poll() is None,
+                    f"{name} ended by itself with code {process.returncode} while waiting until {what}",
+                )
             require(time.monotonic() < deadline, f"waited {limit_s:g} s in vain until {what}")
             time.sleep(POLL_S)
         return found
@@ -120,7 +131,8 @@ class Scene:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if Path(process.cwd()).is_relative_to(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
+                ours = Path(process.cwd()).is_relative_to(self.folder)
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
 
@@ -164,7 +176,7 @@ def rank_of(process: subprocess.Popen, rank: int) -> psutil.Process | None:
 
 
 class Tail:
-    """The records of a journal, as it is written: whole lines only, from the start again where it was mended or replaced."""
+    """The records of a journal, as it is written: whole lines only, from the start where it was mended."""
 
     def __init__(self, path: Path):
         self.path, self.at, self.inode, self._records = path, 0, None, []
@@ -187,5 +199,6 @@ class Tail:
 
     def open_round(self) -> dict | None:
         """The `open` record of the round that is being trained now."""
-        last = next((r for r in reversed(self.records()) if r["type"] in ("open", "attempt", "commit", "cancel", "frozen", "end")), None)
+        kinds = ("open", "attempt", "commit", "cancel", "frozen", "rollback", "end")
+        last = next((r for r in reversed(self.records()) if r["type"] in kinds), None)
         return last if last and last["type"] == "open" else None
