@@ -1,10 +1,11 @@
 """What a rehearsal scales down of the shipped configs: one table, as key=value, and nothing beside it.
 
-    changes = overrides(path, {"budget.tokens": 921600}, paced=True)      key=value arguments for our programs
+    changes = overrides(path, {"budget.tokens": 921600}, pace=300)        key=value arguments for our programs
     differences(path, changes)                                            what they change, from both configs
 
-Sizes are smaller; seconds that belong to the day are divided by PACE on the wall clock, and the trace with
-them. Seconds that belong to machines (heartbeats, when a peer counts as dead, patience) stay as they are.
+Sizes are smaller; seconds that belong to the day are divided by a pace on the wall clock, and the trace with
+them: 300 on a machine that starts processes as two idle cores do, less where that takes longer. Seconds that
+belong to machines (heartbeats, when a peer counts as dead, patience) stay as they are.
 """
 
 import io
@@ -17,14 +18,13 @@ from scene import REPO, require
 import config
 
 PAPER = REPO / "configs/paper.yaml"
-PACE = 300  # seconds of the day in one: a sample of the trace lasts one second, the day 3.6 minutes
-SAMPLE_S = 300
-DAYS = 4  # the trace repeats, so that a slow machine never runs out of windows
+SAMPLE_S = 300  # of the trace; stamps are whole seconds, so that a day passes at most so many times as fast
+DAYS = 4  # the trace repeats, so that nobody runs out of windows
 FILES, DOCUMENTS = 4, 60  # on the hub
 PAPER_STEPS, PAPER_STEP_S = 40, 150  # on the virtual clock: three steps a round of 515 s or 570 s
 PAPER_START = "2026-01-11T21:30:00Z"
 
-# key -> what it is here, and why. "pace": divided by PACE; None: known only when it runs, or of one site.
+# key -> what it is here, and why. "pace": divided by the pace; None: known only when it runs, or of one site.
 SCALE = {
     "model.depth": (2, "width 128 and one head follow from it, as 1,280 and 10 do from 20"),
     "model.seq_len": (64, ""),
@@ -55,17 +55,18 @@ VIRTUAL_ONLY = ("clock.start",)
 WALL_ONLY = ("model.vocab", "data.shards", "sites.*.energy", *PACED)
 
 
-def overrides(path: Path, values: dict, paced: bool) -> list[str]:
-    """SCALE for one config. values: what is known only now. paced: the day is real time and passes faster."""
+def overrides(path: Path, values: dict, pace: float | None) -> list[str]:
+    """SCALE for one config. values: what is known only now. pace: so much faster the day passes, on the wall
+    clock; None on the virtual one."""
     shipped, out = config.load([str(path), "only=[]"]), {}
     for key, (value, _) in SCALE.items():
-        if value is None or key in (VIRTUAL_ONLY if paced else WALL_ONLY):
+        if value is None or key in (VIRTUAL_ONLY if pace else WALL_ONLY):
             continue
         if key == "sites.*.device" and sees_gpu():
             continue
         if value == "pace":
             section, name = key.split(".")
-            value = shipped[section][name] / PACE
+            value = shipped[section][name] / pace
         out[key] = value
     changes = []
     for key, value in (out | values).items():
@@ -108,27 +109,29 @@ def _flat(value, key: str = "") -> dict:
     return out
 
 
-def table(wall: dict[str, tuple], virtual: dict[str, tuple]) -> list[str]:
+def table(wall: dict[str, tuple], virtual: dict[str, tuple], pace: float) -> list[str]:
     """What is scaled, a line a key. Raises Refuted for a difference that SCALE does not know of."""
     unknown = [key for key in (*wall, *virtual) if key not in SCALE]
     require(not unknown, f"{unknown} differ from what is shipped, and SCALE does not say so")
     lines = [f"  {'scaled':22} {'as shipped':>22}    here"]
     for key, (was, now) in (wall | {k: virtual[k] for k in VIRTUAL_ONLY}).items():
-        why = SCALE[key][1] or (f"/ {PACE}" if key in PACED else "")
+        why = SCALE[key][1] or (f"/ {pace:g}" if key in PACED else "")
         now = Path(now).name if isinstance(now, str) else now
         lines.append(f"  {key:22} {was!s:>22} -> {now!s:20} {why}".rstrip())
     return lines
 
 
-def paced_trace(source: Path, into: Path, start: str, first: str) -> None:
-    """A trace whose day passes PACE times as fast, from `start` on, again and again, from hour `first` on."""
-    require(SAMPLE_S == PACE, f"PACE={PACE}: a sample of {SAMPLE_S} s must last one whole second")
+def paced_trace(source: Path, into: Path, start: str, hours: list[tuple[str, str]], pace: float) -> None:
+    """Some hours of a trace's day, [from, to) of each pair, one after the other and again and again, `pace` times
+    as fast, from `start` on."""
     header, *rows = [line.split(",") for line in source.read_text().splitlines()]
-    at = next(i for i, row in enumerate(rows) if first in row[0])
+    at, day = {row[0][11:16]: i for i, row in enumerate(rows)}, []
+    for first, last in hours:
+        day += rows[at[first] : at[last]]
     begin, lines = datetime.fromisoformat(start), [",".join(header)]
-    for second, row in enumerate((rows[at:] + rows[:at]) * DAYS):
-        stamp = (begin + timedelta(seconds=second)).strftime("%Y-%m-%dT%H:%M:%SZ")
-        lines.append(",".join([stamp, *row[1:]]))
+    for number, row in enumerate(day * DAYS):
+        moment = begin + timedelta(seconds=number * SAMPLE_S // pace)
+        lines.append(",".join([moment.strftime("%Y-%m-%dT%H:%M:%SZ"), *row[1:]]))
     into.write_text("\n".join(lines) + "\n")
 
 

@@ -52,7 +52,8 @@ class Scene:
     def __init__(self, keep: str | None = None):
         self.folder, self.keep = Path(tempfile.mkdtemp(prefix="rehearsal-")).resolve(), keep
         ours = {"HF_HOME": self.folder / "hf", "TMPDIR": self.folder / "tmp", "HF_HUB_DISABLE_TELEMETRY": 1}
-        plain = {"OMP_NUM_THREADS": 1, "TORCHINDUCTOR_COMPILE_THREADS": 1, "PYTHONUNBUFFERED": 1, "MPLBACKEND": "Agg"}
+        plain = {"OMP_NUM_THREADS": 1, "TORCHINDUCTOR_COMPILE_THREADS": 1, "PYTHONUNBUFFERED": 1}
+        plain["MPLBACKEND"] = "Agg"
         self.env = os.environ | {key: str(value) for key, value in (ours | plain).items()}
         self.env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.folder / "inductor"))  # a restart finds it
         for name in ("tmp", "logs"):
