@@ -122,8 +122,8 @@ def table(wall: dict[str, tuple], virtual: dict[str, tuple], pace: float) -> lis
 
 
 def paced_trace(source: Path, into: Path, start: str, hours: list[tuple[str, str]], pace: float) -> None:
-    """Some hours of a trace's day, [from, to) of each pair, one after the other and again and again, `pace` times
-    as fast, from `start` on."""
+    """Some hours of a trace's day, [from, to) of each pair, one after the other and again and again, so many
+    times as fast, from `start` on."""
     header, *rows = [line.split(",") for line in source.read_text().splitlines()]
     at, day = {row[0][11:16]: i for i, row in enumerate(rows)}, []
     for first, last in hours:
