@@ -392,16 +392,17 @@ class D20:
 
     def closed_early(self) -> list[str]:
         """Sites whose window ended before the planned end of a round that was committed with their part."""
-        out, opened = [], {}
+        out, last = [], {}  # site -> the last round it was a member of
         committed = {r["round"]: r for r in self.records("commit")}
         for r in self.records("open", "site"):
             if r["type"] == "open":
-                opened = r
-            elif r["to"] == "off" and "MCI" in r["reason"] and opened and r["t_s"] < opened["end_s"]:
-                number, site = opened["round"], r["site"]
-                if site in opened["members"] and number in committed and gave(committed[number], site):
-                    planned = f"round {number} was to last until {opened['end_s']:.1f} s and has its part"
-                    out.append(f"{site} ({r['reason']}) off at {r['t_s']:.1f} s, {planned}")
+                last |= dict.fromkeys(r["members"], r)
+            elif r["to"] == "off" and "MCI" in r["reason"] and r["site"] in last:
+                site, opened = r["site"], last[r["site"]]
+                commit = committed.get(opened["round"])
+                if commit and gave(commit, site) and r["t_s"] < opened["end_s"]:
+                    planned = f"round {opened['round']}, planned to {opened['end_s']:.1f} s, has its part"
+                    out.append(f"{site} ({r['reason']}) off at {r['t_s']:.1f} s; {planned}")
         return out
 
     def use(self) -> None:
