@@ -391,7 +391,7 @@ class D20:
             stage.add(f"{summary['wasted_tokens']:,} wasted; wire {', '.join(wires)}; {said}")
 
     def closed_early(self) -> list[str]:
-        """Sites whose window ended before the planned end of a round that was committed with their part."""
+        """Sites whose window ended before the planned end of a round that they were in to its commit."""
         out, last = [], {}  # site -> the last round it was a member of
         committed = {r["round"]: r for r in self.records("commit")}
         for r in self.records("open", "site"):
@@ -399,9 +399,12 @@ class D20:
                 last |= dict.fromkeys(r["members"], r)
             elif r["to"] == "off" and "MCI" in r["reason"] and r["site"] in last:
                 site, opened = r["site"], last[r["site"]]
-                commit = committed.get(opened["round"])
-                if commit and gave(commit, site) and r["t_s"] < opened["end_s"]:
-                    planned = f"round {opened['round']}, planned to {opened['end_s']:.1f} s, has its part"
+                number, end_s = opened["round"], opened["end_s"]
+                agreed = any(site in a["members"] for a in self.records("attempt", round=number))
+                part = committed.get(number, {}).get("batches", {}).get(site, [])
+                if number in committed and (agreed or part) and r["t_s"] < end_s:
+                    num = sum(stop - first for first, stop in part)
+                    planned = f"round {number}, planned to {end_s:.1f} s, committed with {num} batches of it"
                     out.append(f"{site} ({r['reason']}) off at {r['t_s']:.1f} s; {planned}")
         return out
 
