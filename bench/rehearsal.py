@@ -31,9 +31,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import environments
+import psutil
 import scaled
 from hub import Hub
-from scene import REPO, Refuted, Scene, Tail, free_port, kill_tree, rank_of, require
+from scene import REPO, Refuted, Scene, Tail, free_port, kill_all, lives, rank_of, require
 
 import config
 from config import Parser
@@ -41,7 +42,7 @@ from config import Parser
 PYTHON, TORCHRUN = sys.executable, [sys.executable, "-m", "torch.distributed.run"]
 CONFIGS = ("paper", "ours", "paper_two_site", "paper_centralized")
 # Of the day: two sites, of which one leaves; then two others for 5 hours. Left out: hours of one site only.
-EARLY, LATE = ("21:30", "23:45"), ("02:55", "10:20")
+EARLY, LATE = ("20:50", "23:45"), ("02:55", "10:20")
 HOURS = {"full": [EARLY, LATE], "short": [LATE, EARLY]}
 IDLE_S = 9  # what four times data.py prepare takes on two idle cores; where it takes longer, so does the day
 TRAIN_S = {"full": 90, "short": 15}  # the budget: what one processor makes in so long; six ranks make less
@@ -320,30 +321,34 @@ class D20:
             stage.add(closed[0])
 
     def lose_rank(self, site: SiteAt) -> None:
-        def deed() -> None:
-            victim = next((p for torchrun in site.torchruns if (p := rank_of(torchrun, 1))), None)
-            require(victim, f"rank 1 of {site.name} has no process")
-            victim.kill()
-
         with self.r.stage(f"kill -9, rank 1 of {site.name}") as stage:
-            codes = self.strike(site, stage, deed)
+            codes = self.strike(site, stage, lambda: self.rank(site, 1).kill())
             require(0 not in codes, f"torchrun's exit codes are {codes}, though a rank was killed")
             self.bring_back(site, stage)
 
+    def rank(self, site: SiteAt, number: int) -> psutil.Process:
+        found = next((p for torchrun in site.torchruns if (p := rank_of(torchrun, number))), None)
+        require(found, f"rank {number} of {site.name} has no process")
+        return found
+
     def lose_site(self, site: SiteAt) -> None:
         with self.r.stage(f"kill -9, all of {site.name}") as stage:
-            self.strike(site, stage, lambda: [kill_tree(torchrun) for torchrun in site.torchruns])
+            self.strike(site, stage, lambda: kill_all(site.torchruns))
             self.bring_back(site, stage)
 
     def interrupt_site(self, site: SiteAt) -> None:
-        """Ctrl-C at the terminal of its last node's torchrun; then the site again, one node with one rank."""
+        """Ctrl-C at the terminal of its last node, which ends the ranks of all nodes; the other's torchrun would wait
+        another five minutes for the one that has gone, and has its own Ctrl-C. Then one node with one rank."""
 
         def deed() -> None:
+            ranks = [self.rank(site, number) for number in range(site.ranks)]
             os.killpg(site.torchruns[-1].pid, signal.SIGINT)
+            self.until(f"all ranks of {site.name} end", lambda: not any(map(lives, ranks)), BACK_S)
+            for torchrun in site.torchruns[:-1]:
+                os.killpg(torchrun.pid, signal.SIGINT)
 
         with self.r.stage(f"Ctrl-C, {site.name}") as stage:
-            codes = self.strike(site, stage, deed, federated=False)
-            stage.add(f"torchrun's exit codes {codes}")
+            self.strike(site, stage, deed, federated=False)
             site.nodes = site.ranks = 1
             self.bring_back(site, stage)
             lines = self.scene.said("head").splitlines()

@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -157,13 +156,24 @@ class Scene:
         return "\n".join(line[:240] for line in parts)
 
 
-def kill_tree(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
-    """A process and all that it has started, at once."""
-    with contextlib.suppress(psutil.Error):
-        parent = psutil.Process(process.pid)
-        for one in [parent, *parent.children(recursive=True)]:
-            with contextlib.suppress(psutil.Error):
-                one.send_signal(number)
+def kill_all(processes: list[subprocess.Popen]) -> None:
+    """Processes and all they have started, as a power cut would: children first, for a child of ours is sent
+    SIGTERM when its parent dies, and would say goodbye."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            parent = psutil.Process(process.pid)
+            found += [parent, *parent.children(recursive=True)]
+    for one in reversed(found):
+        with contextlib.suppress(psutil.Error):
+            one.kill()
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def rank_of(process: subprocess.Popen, rank: int) -> psutil.Process | None:
