@@ -337,8 +337,8 @@ class D20:
             self.bring_back(site, stage)
 
     def interrupt_site(self, site: SiteAt) -> None:
-        """Ctrl-C at the terminal of its last node, which ends the ranks of all nodes; the other's torchrun would wait
-        another five minutes for the one that has gone, and has its own Ctrl-C. Then one node with one rank."""
+        """Ctrl-C at the terminal of its last node, which ends all ranks. The other node's torchrun would wait five
+        minutes for the one that is gone: a Ctrl-C there, too. Then the site again, one node with one rank."""
 
         def deed() -> None:
             ranks = [self.rank(site, number) for number in range(site.ranks)]

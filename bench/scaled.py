@@ -32,7 +32,7 @@ SCALE = {
     "data.tokenizer": ("bpe-512", "trained on what the hub serves"),
     "data.shards": (3, f"of the {FILES} files on the hub"),
     "data.tokens_per_step": (384, "6 rows of a sequence, 3 a rank"),
-    "data.val_tokens": (4096, ""),
+    "data.val_tokens": (1024, ""),
     "eval.tokens": (1024, ""),
     "budget.tokens": (None, "so many seconds at the rate measured first"),
     "sites.*.tokens_per_s": (None, f"as measured; on the virtual clock a step takes {PAPER_STEP_S} s"),
