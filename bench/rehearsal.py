@@ -257,16 +257,16 @@ class D20:
         """Commits with batches of a site."""
         return [r for r in self.records("commit", since=since) if gave(r, site.name)]
 
-    def training(self, site: SiteAt, federated: bool = True) -> dict:
-        """Waits for a round to be open that this site has a part in; its `open` record."""
+    def training(self, site: SiteAt | None = None, federated: bool = True) -> dict:
+        """Waits for a round to be open that this site, or anyone, has a part in; its `open` record."""
 
         def opened() -> dict | None:
             r = self.journal.open_round()
-            mine = r and site.name in r["members"]
-            return r if mine and (r["mode"] == "federated" or not federated) else None
+            meant = r and (site is None or site.name in r["members"])
+            return r if meant and (r["mode"] == "federated" or not federated) else None
 
-        kind = "a federated round" if federated else "a round"
-        return self.until(f"{kind} with {site.name} is open", opened, WINDOW_S)
+        kind, who = "a federated round" if federated else "a round", f" with {site.name}" if site else ""
+        return self.until(f"{kind}{who} is open", opened, WINDOW_S)
 
     def fate(self, opened: dict, site: SiteAt, since: int) -> str:
         """What the journal says became of a round, and of the site's part in it."""
@@ -337,7 +337,7 @@ class D20:
             self.bring_back(site, stage)
 
     def interrupt_site(self, site: SiteAt) -> None:
-        """Ctrl-C at the terminal of its last node, which ends all ranks. The other node's torchrun would wait five
+        """Ctrl-C at the terminal of its last node, which ends all ranks. The other's torchrun would wait five
         minutes for the one that is gone: a Ctrl-C there, too. Then the site again, one node with one rank."""
 
         def deed() -> None:
@@ -357,15 +357,14 @@ class D20:
 
     def lose_head(self) -> None:
         with self.r.stage("kill -9, the head node") as stage:
-            texas = self.sites["texas"]
-            opened = self.training(texas)
+            opened = self.training()
             since, (head,) = self.now, self.scene.leaves("head")
             head.kill()
             head.wait()
             self.start_head()
             resumes = self.until("it resumes", lambda: self.records("resume", since=since), BACK_S)
             resume = resumes[0]
-            stage.add(self.fate(opened, texas, since))
+            stage.add(self.fate(opened, self.sites[opened["members"][0]], since))
 
             def on_its_way() -> set[int]:
                 begun, done = (self.records(kind, since=resume["n"]) for kind in ("open", "commit"))
