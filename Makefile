@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-clients bench-policies bench-deadline bench-sync bench-links bench-flower bench-train day-gpu storm bench-recovery shapes ablation referee clean
+.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-clients bench-policies bench-deadline bench-sync bench-links bench-flower bench-train day-gpu storm rehearsal bench-recovery shapes ablation referee clean
 
 FULL := ours paper paper_two_site paper_centralized
 MINI := mini_ours mini_paper mini_two_site mini_centralized
@@ -83,6 +83,9 @@ day-gpu: $(READY)  ## the three-site day at d8 on one GPU, which the sites share
 
 storm: $(READY)  ## 50 real faults on a real run, then the bill, for three seeds: about 8 minutes each
 	for seed in 1 2 3; do $(BIN)/python bench/storm.py --seed $$seed --faults 50 || exit 1; done
+
+rehearsal: $(READY)  ## the shipped d20 and paper configs, scaled down, by hand-started processes, with real faults: about 6 minutes
+	$(BIN)/python bench/rehearsal.py
 
 bench-recovery: $(READY)  ## deaths in the middle of an average: notice, recovery, rejoin; about 6 minutes
 	$(BIN)/python bench/recovery.py

@@ -162,6 +162,12 @@ class Held:
             total += loss.detach()
         return self.ranks.mean_(total)
 
+    def reshard(self) -> None:
+        """After a forward pass that no backward pass follows: until one does, FSDP2's root keeps its own parameters whole, and
+        nobody else here knows them so."""
+        if self.sharded:
+            self.model.reshard()
+
     # -- flat vectors -------------------------------------------------------------------------------------------------
 
     def new_vector(self) -> Tensor:

@@ -194,6 +194,7 @@ class Shard:
                 text = width > 0
                 of_these = losses.sum().item(), losses.numel(), losses[text].sum().item(), width.sum().item()
                 sums = [a + b for a, b in zip(sums, of_these)]
+        self.held.reshard()
         return self.ranks.sum(sums)
 
     def joules(self) -> float | None:

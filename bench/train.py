@@ -106,8 +106,9 @@ def measure(cfg, spec, shape: Shape, steps: int, ranks) -> dict:
     held = Held(model, ranks, spec.parallel, cfg.model.dtype, cfg.model.compile, spec.checkpointing)
     inner = Inner(held.model, cfg.optim, ranks)
     inner.set(schedule(0, cfg.budget.tokens, tokens, cfg.optim))
-    gradient_s, step_s = [], []
+    gradient_s, step_s, processor_s = [], [], 0.0
     for i in range(steps + 1):
+        processor_s = time.process_time() if i == 1 else processor_s
         ids, targets = corpus.batch(i, ranks.rank * rows, rows) if corpus else random_batch(rows, shape)
         ids, targets = ids.to(ranks.device), targets.to(ranks.device)
         start_s = now_s(ranks.device)
@@ -116,7 +117,7 @@ def measure(cfg, spec, shape: Shape, steps: int, ranks) -> dict:
         inner.step()
         inner.zero_grad()
         step_s.append(now_s(ranks.device) - start_s)
-    rate = tokens / median(step_s[1:])
+    rate, processor_s = tokens / median(step_s[1:]), time.process_time() - processor_s
     peak = peak_flops(ranks.device, cfg.model.dtype, spec.peak_tflops)
     cuda = ranks.device.type == "cuda"
     out = {
@@ -124,6 +125,7 @@ def measure(cfg, spec, shape: Shape, steps: int, ranks) -> dict:
         "device": torch.cuda.get_device_name(ranks.device) if cuda else "cpu", "dtype": cfg.model.dtype,
         "device_batch": spec.device_batch, "checkpointing": spec.checkpointing, "compile": cfg.model.compile,
         "first_step_s": step_s[0], "gradient_tokens_per_s": tokens / median(gradient_s[1:]), "tokens_per_s": rate,
+        "tokens_per_processor_s": tokens * steps / processor_s,
         "mfu": flops_per_token(shape) * rate / (peak * ranks.size) if peak else None,
         "peak_bytes": torch.cuda.max_memory_allocated(ranks.device) if cuda else grown_to_bytes() - before_bytes,
         "data": "corpus" if corpus else "random ids: the corpus is not prepared",

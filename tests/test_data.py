@@ -6,9 +6,7 @@ import os
 import random
 import shutil
 import signal
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +19,7 @@ from hypothesis import strategies as st
 
 import config
 import data
+from bench.hub import Hub
 from config import BadInput
 
 
@@ -293,76 +292,13 @@ def test_tokenizing_broken_off_goes_on_and_ends_in_the_same_bits(runner, how):
 
 # -- Hugging Face hub ---------------------------------------------------------------------------------------------------
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(ThreadingHTTPServer):
-    """A hub with one dataset, on loopback: the URLs that huggingface_hub asks for to list and to download it."""
-
-    daemon_threads = True
-
-    def __init__(self, files: dict[str, bytes]):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.files, self.sizes = files, {name: len(raw) for name, raw in files.items()}
-        self.refusal: tuple[int, dict[str, str]] | None = None  # status and headers of the answer to the first question
-        self.slow, self.cut = None, None  # files of which half is sent, then nothing | then, once, the connection is closed
-        self.gets: list[str] = []  # names, as they were asked for
-        self.let_go = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *args) -> None:
-        pass
-
-    def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body if self.command == "GET" else b"")
-
-    def do_HEAD(self) -> None:
-        name = self.path.rsplit("/", 1)[1]
-        self.answer(200, headers={"Content-Length": str(self.server.sizes[name]), "ETag": f'"{name}"', "X-Repo-Commit": COMMIT})
-
-    def do_GET(self) -> None:
-        hub = self.server
-        if self.path.startswith("/api/datasets/me/text/tree/"):
-            files = [{"type": "file", "path": n, "size": s, "oid": n} for n, s in hub.sizes.items()]
-            self.answer(200, json.dumps([*files, {"type": "file", "path": "README.md", "size": 3, "oid": "r"}]).encode())
-        elif self.path.startswith("/api/datasets/"):
-            status, headers = hub.refusal or (200, {})
-            self.answer(status, json.dumps({"id": "me/text", "sha": COMMIT}).encode(), headers)
-        else:
-            self.send_file(self.path.rsplit("/", 1)[1])
-
-    def send_file(self, name: str) -> None:
-        hub, raw = self.server, self.server.files[name]
-        hub.gets.append(name)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        if name not in (hub.slow, hub.cut):
-            self.wfile.write(raw)
-            return
-        self.wfile.write(raw[: len(raw) // 2])
-        if name == hub.slow:
-            hub.let_go.wait(60)
-        hub.cut = None
-
 
 @pytest.fixture
 def hub(tmp_path):
     write_parquet(tmp_path / "on_the_hub", 6, 40)
     server = Hub({p.name: p.read_bytes() for p in sorted((tmp_path / "on_the_hub").glob("*.parquet"))})
     yield server
-    server.let_go.set()
-    server.shutdown()
-    server.server_close()
+    server.close()
 
 
 HF = {"source": "hf://me/text", "shards": 4}

@@ -282,29 +282,6 @@ def test_more_positions_than_the_folder_knows_are_fine(runner):
 # ---------------------------------------------------------------------------------------------------------------------
 # With transformers, and as theta_0 of a run
 
-IN_TRANSFORMERS = """
-import json, sys
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-prompt, results = sys.argv[1], {}
-for name in sys.argv[2:]:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    ids = inputs["input_ids"][0]
-    with torch.no_grad():
-        logits = model(**inputs).logits[0]
-    tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0]
-    results[name] = {
-        "class": type(model).__name__, "ids": ids.tolist(), "logits": logits.tolist(),
-        "tokens": tokens[len(ids) :].tolist(), "prompt": tokenizer.decode(ids, skip_special_tokens=True),
-        "text": tokenizer.decode(tokens, skip_special_tokens=True),
-    }
-    model.save_pretrained(f"{name}-saved", max_shard_size="20KB")
-    tokenizer.save_pretrained(f"{name}-saved")
-json.dump(results, open("results.json", "w"))
-"""
-
 
 @pytest.mark.slow
 def test_transformers_computes_what_we_compute_and_a_run_starts_from_it(runner, monkeypatch, capsys):
@@ -325,7 +302,7 @@ def test_transformers_computes_what_we_compute_and_a_run_starts_from_it(runner, 
     environment = [sys.executable, REPO / "bench/environments.py", "transformers"]
     python = subprocess.run(environment, stdout=subprocess.PIPE, text=True, check=True).stdout.strip() + "/python"
     env = runner.env | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(runner.folder)}
-    subprocess.run([python, "-c", IN_TRANSFORMERS, PROMPT, *folders], cwd=runner.folder, env=env, check=True, timeout=300)
+    subprocess.run([python, "-P", REPO / "bench/in_transformers.py", PROMPT, *folders], cwd=runner.folder, env=env, check=True, timeout=300)
     results = json.loads((runner.folder / "results.json").read_text())
     for name, folder in zip(TOKENIZERS, folders):
         shape, theta, tokenizer = generate.load(str(runner.folder / "runs" / name), None)
