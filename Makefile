@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-clients bench-policies bench-deadline bench-sync bench-links bench-flower bench-train day-gpu storm rehearsal bench-recovery shapes ablation referee clean
+.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-clients bench-policies bench-deadline bench-sync bench-links bench-flower bench-train day-gpu storm rehearsal bench-recovery shapes hunt ablation referee clean
 
 FULL := ours paper paper_two_site paper_centralized
 MINI := mini_ours mini_paper mini_two_site mini_centralized
@@ -36,6 +36,10 @@ paper: $(READY)  ## the paper's schedules, experiments, figures and table: about
 	$(BIN)/python figures.py $(FULL:%=runs/%) --out figures/full_scale
 	$(BIN)/python figures.py $(MINI:%=runs/%) --out figures
 	cat figures/full_scale/table.md figures/table.md
+
+hunt: $(READY)  ## every law with new random examples, 50 times as many; SEED=N repeats one; an hour or more on 2 cores
+	seed=$${SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}; echo "make hunt SEED=$$seed repeats this"; \
+	HUNT=50 $(BIN)/python -m pytest -m hypothesis --hypothesis-seed=$$seed $(LAWS)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

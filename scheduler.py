@@ -33,7 +33,8 @@ INFINITY = float("inf")
 LATEST = "the slack is used up: all run for the deadline"
 RETRY_S = 1800.0  # joint policies know no windows: a site without a process gets a new chance after so long
 RESERVE = 0.003  # a plan makes so much more than is left: the last hours are the dearest to find
-MARGIN_S = 5.0  # of a deadline: steps do not end just when they should
+MARGIN_S = 5.0  # of a deadline, for what is rounded, and beside it
+MARGIN_STEPS = 3  # of the slowest site: a step under way is lost where a team changes, and the last one ends when it ends
 
 
 @dataclass(frozen=True)
@@ -282,8 +283,9 @@ class Joint:
 
     joint = True
 
-    def __init__(self, policy, unknown_after_s: float, forecast: Forecast, train_s: float, sync_s: float):
+    def __init__(self, policy, unknown_after_s: float, forecast: Forecast, train_s: float, sync_s: float, tokens_per_step: int):
         """train_s, sync_s: of a federated round."""
+        self.tokens_per_step = tokens_per_step
         self.deadline_s = None if policy.deadline_h is None else 3600 * policy.deadline_h
         self.on, self.min_window_s, self.max_sites = policy.on_below_g_per_kwh, policy.min_window_s, policy.max_sites
         self.horizon_s = 3600 * policy.horizon_h
@@ -314,6 +316,14 @@ class Joint:
         """Share of its time that one of `num` sites trains."""
         return 1.0 if num < 2 else self.train_s / (self.train_s + self.sync_s)
 
+    def step_s(self, sites: dict[str, Site]) -> float:
+        """Seconds of the slowest site's step."""
+        return max(self.tokens_per_step / s.tokens_per_s for s in sites.values())
+
+    def reserve_s(self, sites: dict[str, Site]) -> float:
+        """So long before its deadline the budget should be trained, by what is known."""
+        return MARGIN_S + MARGIN_STEPS * self.step_s(sites)
+
     def last_s(self, t: float, sites: dict[str, Site], left: float, off: str = "", on: str = "") -> tuple[float, list[str]]:
         """When the budget would surely be trained if from t on those that are up ran, `off` restarted first and `on` started, and as
         many more as make it sooner; and who they are: a few tokens are done sooner without an average."""
@@ -324,14 +334,19 @@ class Joint:
         sure = [n for n, s in sites.items() if (s.up and n != off) or n == on]
         more = sorted((n for n in sites if n not in sure), key=lambda n: (ready[n], -sites[n].tokens_per_s))
         best: tuple[float, list[str]] = (INFINITY, [])
+        step_s = self.step_s(sites)
+        whole_s = max(step_s, self.train_s // step_s * step_s)  # of a round: a step that does not fit is not begun
+        round_s = max(self.train_s, whole_s) + self.sync_s
         for num in range(max(1, len(sure)), min(len(sites), max(self.max_sites or len(sites), len(sure))) + 1):
             team = sorted((sure + more)[:num], key=ready.get)
             begin = ready[team[-1]]
-            before = sum(sites[n].tokens_per_s * self.efficiency(num - 1) * (begin - ready[n]) for n in team[:-1])
+            share = 1.0 if num == 2 else whole_s / round_s  # of the time until the last one joins
+            before = sum(sites[n].tokens_per_s * share * (begin - ready[n]) for n in team[:-1])
             train_s = max(0.0, left - before) / sum(sites[n].tokens_per_s for n in team)
-            syncs = 0 if num == 1 else 1 + int(np.ceil(train_s / self.train_s - 1e-9))
+            rounds = 0 if num == 1 else int(np.ceil(train_s / whole_s - 1e-9))
+            waits_s = rounds * (round_s - whole_s) + (0.0 if num == 1 else self.sync_s)
             joins = 0 if num == 1 or ready[team[0]] == begin else 2
-            best = min(best, (t + begin + train_s + (syncs + joins) * self.sync_s, team))
+            best = min(best, (t + begin + train_s + waits_s + joins * self.sync_s, team))
         return best
 
     def guard(self, t: float, sites: dict[str, Site], left: float) -> tuple[float, list[str]]:
@@ -341,7 +356,7 @@ class Joint:
         end, team = self.last_s(t, sites, left)
         total = sum(sites[n].tokens_per_s for n in team)
         running = sum(sites[n].tokens_per_s for n in team if sites[n].state == "on")
-        return t + max(0.0, self.deadline_s - MARGIN_S - end) / max(1e-9, 1 - 0.99 * running / total), team
+        return t + max(0.0, self.deadline_s - self.reserve_s(sites) - end) / max(1e-9, 1 - 0.99 * running / total), team
 
 
 class Deadline(Joint):
@@ -381,14 +396,14 @@ class Deadline(Joint):
                     self.pending[name] = (must, LATEST)
                 elif price == INFINITY:
                     continue
-                late = self.last_s(t, sites, left, on=name)[0] > self.deadline_s - MARGIN_S
+                late = self.last_s(t, sites, left, on=name)[0] > self.deadline_s - self.reserve_s(sites)
                 if t < must and s.since_s < t and self._pays(gains, start_g) and not late:
                     self.pending[name] = (t, shown)
             elif s.since_s < t:  # else it has just moved
                 bad = np.flatnonzero(gains < -start_g)
                 good = np.flatnonzero(gains > 0)
                 if bad.size and (not good.size or bad[0] < good[0]):
-                    rest = self.deadline_s - MARGIN_S - self.last_s(t, sites, left, off=name)[0]
+                    rest = self.deadline_s - self.reserve_s(sites) - self.last_s(t, sites, left, off=name)[0]
                     at = list(sites).index(name)
                     cut = seconds.copy()
                     cut[at] = np.diff(np.maximum(edges, t + s.restart_s))
@@ -480,7 +495,7 @@ class Plan(Joint):
         sites, self.windows = self.usable(all_sites), {}
         if not sites or left <= 0:
             return
-        end = t + self.horizon_s if self.deadline_s is None else self.deadline_s - MARGIN_S
+        end = t + self.horizon_s if self.deadline_s is None else self.deadline_s - self.reserve_s(sites)
         step = self.forecast.step_s
         begin = step * np.ceil((t - 1e-6) / step)
         steps = int((end - begin + 1e-6) // step)
@@ -590,10 +605,11 @@ POLICIES = {
 }  # fmt: skip
 
 
-def policy_of(policy, unknown_after_s: float = 300.0, forecast: Forecast | None = None, train_s: float = 600.0, sync_s: float = 0.0):
+def policy_of(policy, unknown_after_s: float = 300.0, forecast: Forecast | None = None, train_s: float = 600.0, sync_s: float = 0.0,
+              tokens_per_step: int = 1):  # fmt: skip
     """The policy a config names. forecast: what all but threshold, break_even and always need."""
     kind = POLICIES[policy.name]
-    more = (train_s, sync_s) if issubclass(kind, Joint) else ()
+    more = (train_s, sync_s, tokens_per_step) if issubclass(kind, Joint) else ()
     return kind(policy, unknown_after_s, forecast, *more)
 
 

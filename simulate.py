@@ -42,7 +42,7 @@ def new_run(cfg, traces: dict[str, Trace], live=None) -> tuple[Run, "Samples"]:
         end_s = min(float(min(t.end for t in by_site.values()) - start), limit_s)
         unknown_s = max(t.step_s for t in by_site.values())
     forecast, facts = forecast_of(cfg, by_site, start, objective), facts_of(cfg, end_s)
-    policy = policy_of(cfg.policy, unknown_s, forecast, facts.train_s, facts.sync_s)
+    policy = policy_of(cfg.policy, unknown_s, forecast, facts.train_s, facts.sync_s, facts.tokens_per_step)
     if not live:
         issued = load_forecasts(cfg) if forecast and forecast.kind == "issued" else {}
         ahead = {name: issued[s.region] for name, s in cfg.sites.items() if s.region in issued}

@@ -23,10 +23,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 REPO = Path(__file__).parent.parent
 START = "2026-01-11T17:00:00Z"
 
-# At a desk hypothesis looks for new counterexamples every time; CI repeats the same ones, so that it judges the change.
-hypothesis.settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
+# Laws are tried on the same examples every time, so that a test judges the change; `make hunt` looks for new ones, so many times as
+# many, does not shrink what it finds, which takes longer than to understand it, and says how to repeat it.
+TIMES = int(os.environ.get("HUNT", "0"))
+LOOKED_FOR = {"phases": (hypothesis.Phase.explicit, hypothesis.Phase.generate), "print_blob": True, "database": None}
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("hunt", deadline=None, max_examples=100 * max(1, TIMES), **LOOKED_FOR)
+hypothesis.settings.load_profile("hunt" if TIMES else "same")
+
+
+def examples(number: int = 100, **more) -> hypothesis.settings:
+    """On how many examples a law is tried."""
+    return hypothesis.settings(max_examples=number * max(1, TIMES), **more)
+
 
 # A run of seconds: 2,800 parameters, steps of 128 tokens that cost 10 virtual seconds.
 TINY = {

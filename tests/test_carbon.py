@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 import pytest
-from conftest import REPO
-from hypothesis import given, settings
+from conftest import REPO, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -162,7 +162,7 @@ def test_the_published_run_is_replayed(reference_data):
 values = st.lists(st.floats(0, 900), min_size=6, max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(values, values, st.integers(1, 10), st.floats(0, 900))
 def test_the_floor_is_what_brute_force_finds(a, b, k, provision_s):
     """Two sites, six quarter-hours: every pair of on/off patterns whose windows last at least 30 minutes."""

@@ -10,8 +10,8 @@ import types
 
 import numpy as np
 import pytest
-from conftest import CLEAN, DIRTY, REPO
-from hypothesis import given, settings
+from conftest import CLEAN, DIRTY, REPO, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -50,7 +50,7 @@ days = st.lists(st.tuples(st.sampled_from(carbon.STATES), st.integers(1, 900)), 
 # -- laws --------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
+@examples()
 @given(days, prices, st.lists(st.integers(0, 5400), max_size=8))
 def test_splitting_an_interval_never_changes_cost(rows, prices, cuts):
     pieces = []
@@ -60,7 +60,7 @@ def test_splitting_an_interval_never_changes_cost(rows, prices, cuts):
     assert cost_of(pieces, prices) == pytest.approx(cost_of(rows, prices), rel=1e-9, abs=1e-6)
 
 
-@settings(deadline=None)
+@examples()
 @given(days, st.floats(-500, 500))
 def test_a_constant_price_costs_price_times_energy_and_a_negative_one_pays(rows, price):
     spent = carbon.account(rows, CFG, MCI, prices=prices_of([price] * 7))
@@ -68,7 +68,7 @@ def test_a_constant_price_costs_price_times_energy_and_a_negative_one_pays(rows,
     assert spent["cost"] * price >= 0 and (spent["cost"] != 0) == (spent["energy_kwh"] * price != 0)
 
 
-@settings(deadline=None)
+@examples()
 @given(days, prices)
 def test_cost_is_the_sum_over_seconds_and_over_states_and_leaves_the_rest_alone(rows, prices):
     spent = carbon.account(rows, CFG, MCI, prices=prices)

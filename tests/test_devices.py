@@ -9,8 +9,8 @@ import numpy as np
 import pynvml
 import pytest
 import torch
-from conftest import CLEAN, REPO
-from hypothesis import HealthCheck, given, settings
+from conftest import CLEAN, REPO, examples
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from test_carbon import trace_of
@@ -71,7 +71,7 @@ def powercap(tmp_path, monkeypatch):
     return Powercap(tmp_path)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@examples(30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, WRAP_UJ - 1), st.lists(st.tuples(st.integers(0, WRAP_UJ - 1), st.integers(0, WRAP_UJ - 1)), max_size=6))
 def test_rapl_adds_up_all_packages_over_any_wrap_around(powercap, at_uj, steps):
     now = [at_uj, 0]
@@ -220,7 +220,7 @@ def close(a, b):
     assert (a["curtailed_share"] or 0) == pytest.approx(b["curtailed_share"] or 0, rel=1e-6, abs=1e-6)
 
 
-@settings(deadline=None)
+@examples()
 @given(days())
 def test_what_meters_said_replaces_the_model_where_they_cover_it(day):
     traces, rows, readings = day
@@ -233,7 +233,7 @@ def test_what_meters_said_replaces_the_model_where_they_cover_it(day):
     assert sum(got["sites"]["a"]["kwh_by_state"].values()) == pytest.approx(got["energy_kwh"])
 
 
-@settings(deadline=None)
+@examples()
 @given(days())
 def test_power_keeps_its_shape_and_never_turns_negative(day):
     _, rows, readings = day
@@ -246,7 +246,7 @@ def test_power_keeps_its_shape_and_never_turns_negative(day):
         assert measured[inside].all() and kw[inside] == pytest.approx(scale * plain[inside])
 
 
-@settings(deadline=None)
+@examples()
 @given(days(), st.lists(st.integers(0, 5000), max_size=6), st.data())
 def test_splitting_intervals_or_spans_changes_nothing(day, cuts, data):
     traces, rows, readings = day
@@ -265,7 +265,7 @@ def test_splitting_intervals_or_spans_changes_nothing(day, cuts, data):
     close(carbon.account(rows, CFG, traces, sorted(finer, key=lambda r: r.t_s)), whole)
 
 
-@settings(deadline=None)
+@examples()
 @given(days())
 def test_without_readings_all_is_exactly_the_model(day):
     traces, rows, readings = day
@@ -277,7 +277,7 @@ def test_without_readings_all_is_exactly_the_model(day):
     close(carbon.account(rows, CFG, traces, each_anew), model)  # a counter that began anew measured nothing in between
 
 
-@settings(deadline=None)
+@examples()
 @given(days())
 def test_the_picture_agrees_with_the_table(day):
     traces, rows, readings = day

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
-from hypothesis import given, settings
+from conftest import REPO, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -62,7 +62,7 @@ def stored_run(runner, name: str = "tiny", tokenizer: str = "bytes", rounds=(4, 
     return folder, cfg, shape
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(shape=shapes, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_what_is_exported_comes_back_bit_for_bit(tmp_path_factory, shape, dtype):
     folder, theta = tmp_path_factory.mktemp("hf"), theta_of(shape)
@@ -71,7 +71,7 @@ def test_what_is_exported_comes_back_bit_for_bit(tmp_path_factory, shape, dtype)
     assert digest(export.from_hf(folder, shape)) == digest(theta.to(dtype).float())
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(shape=shapes, seed=st.integers(0, 99), data=st.data())
 @torch.inference_mode()
 def test_reading_token_by_token_is_the_plain_forward(shape, seed, data):
@@ -83,7 +83,7 @@ def test_reading_token_by_token_is_the_plain_forward(shape, seed, data):
     torch.testing.assert_close(torch.stack(logits), model(torch.tensor([ids]))[0, first - 1 :], atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(shape=shapes, num_prompt=st.integers(1, 20))
 def test_past_seq_len_the_newer_half_is_read_anew(shape, num_prompt):
     model = model_of(shape, theta_of(shape))
@@ -98,7 +98,7 @@ def test_past_seq_len_the_newer_half_is_read_anew(shape, num_prompt):
 
 
 @given(seed=st.integers(0, 2**32), temperature=st.floats(0.1, 3.0), top_k=st.integers(1, 60))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_draws_follow_seed_temperature_and_top_k(seed, temperature, top_k):
     logits = torch.randn(50, generator=torch.Generator().manual_seed(seed))
     drawn = [[generate.choose(logits, temperature, top_k, g) for _ in range(20)]
@@ -126,7 +126,7 @@ def tokenizers(corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(text=st.text(max_size=40) | st.text("ae <|bos|>\0é€🙂\n", max_size=40))
 def test_the_exported_tokenizer_is_the_one_of_training_behind_a_separator(tokenizers, name, text):
     ours, theirs = tokenizers[name]
@@ -138,7 +138,7 @@ def test_the_exported_tokenizer_is_the_one_of_training_behind_a_separator(tokeni
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(ids=st.lists(st.integers(0, 255), max_size=30))
 def test_pieces_of_any_tokens_are_their_text(tokenizers, name, ids):
     assert "".join(generate.pieces(tokenizers[name][1], ids)) == tokenizers[name][1].decode(ids)

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO
-from hypothesis import given, settings
+from conftest import REPO, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -25,7 +25,7 @@ from model import GPT, LOGIT_CAP, NORM_EPS, Shape, chunk_loss, compile_, flops_p
 
 DEMO = config.load([str(REPO / "configs/demo.yaml")])
 SMALL = Shape(depth=3, width=64, heads=4, kv_heads=2, seq_len=48, vocab=160, residual_scalars=True)
-laws = settings(max_examples=40, deadline=None)
+laws = examples(40)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
 

@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPO
-from hypothesis import given, settings
+from conftest import REPO, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import AxesImage
 from test_schedule import make_run, policy
@@ -39,7 +39,7 @@ def flat(cfg) -> dict:
 levels = st.lists(st.sampled_from([20.0, 60.0, 99.0, 100.0, 150.0, 500.0]), min_size=40, max_size=40)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(levels, min_size=1, max_size=3), st.sampled_from([0.0, 60.0, 200.0]))
 def test_samples_that_cannot_change_a_decision_change_nothing(columns, off_delay_s):
     signals = {f"s{i}": column for i, column in enumerate(columns)}

@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPO
-from hypothesis import given, settings
+from conftest import REPO, examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import carbon
@@ -114,7 +114,7 @@ def brute(costs, begins, age, on, gap) -> np.ndarray:
 numbers = st.lists(st.integers(0, 50).map(float), min_size=8, max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(numbers, numbers, st.integers(1, 3), st.booleans(), st.integers(1, 3))
 def test_the_programme_finds_what_trying_everything_finds_and_says_how(costs, begins, age, on, gap):
     costs, begins = np.array(costs), np.array(begins)
@@ -126,7 +126,7 @@ def test_the_programme_finds_what_trying_everything_finds_and_says_how(costs, be
         assert picked.sum() == k and (costs[picked].sum() + begins[starts].sum()) == pytest.approx(curve[k])
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(numbers, min_size=1, max_size=3), st.data())
 def test_work_is_shared_out_for_the_least(columns, data):
     curves = [np.concatenate(([0.0], np.cumsum(column))) for column in columns]
@@ -140,7 +140,7 @@ def test_work_is_shared_out_for_the_least(columns, data):
 # -- online ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(levels)
 def test_break_even_rides_a_gap_for_just_what_a_restart_emits(column):
     records, _run, cfg, traces = play([column], "policy.name=break_even")
@@ -159,7 +159,7 @@ def test_break_even_rides_a_gap_for_just_what_a_restart_emits(column):
             assert excess_g >= restart_g - 1.0, "it stopped although riding on was still cheaper"
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(levels)
 def test_a_gate_that_knows_the_truth_wastes_no_start(column):
     records, _run, _cfg, _ = play([column], "policy.name=forecast_gate", "policy.forecast=truth")
@@ -169,7 +169,7 @@ def test_a_gate_that_knows_the_truth_wastes_no_start(column):
     assert all(off - on >= 580 for on, off in ends.items())
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.lists(levels, min_size=2, max_size=3), st.integers(1, 2), st.sampled_from(["threshold", "forecast_gate", "percentile", "break_even"])
 )
@@ -189,7 +189,7 @@ def test_never_more_sites_than_max_sites_and_none_above_a_cap(columns, most, nam
             assert values.max() <= 120, "a cap is hard: it stops at the very sample"
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(column=levels, prices=levels)
 def test_what_a_policy_decides_by_may_be_price(column, prices, tmp_path_factory):
     """By price on (MCI, prices), or by carbon on a grid whose MCI is that price: the same moves."""
@@ -234,7 +234,7 @@ grids, works, slacks = st.lists(days, min_size=1, max_size=3), st.floats(2.0, 6.
 kinds = st.sampled_from(["persistence", "yesterday", "truth"])
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(grids, works, slacks, kinds, st.sampled_from([(515, 130), (615, 30)]))
 def test_a_deadline_is_kept_whatever_the_grid_does(columns, hours, slack, forecast, rounds):
     keys = [f"rounds.train_s={rounds[0]}", f"rounds.sync_s={rounds[1]}"]
@@ -242,7 +242,7 @@ def test_a_deadline_is_kept_whatever_the_grid_does(columns, hours, slack, foreca
     assert done_s <= by_s
 
 
-@settings(max_examples=5, deadline=None)
+@examples(5)
 @given(grids, works, slacks, kinds)
 def test_a_plan_with_a_deadline_ends_within_a_round_of_it(columns, hours, slack, forecast):
     done_s, by_s = beside_always(columns, hours, slack, "policy.name=plan", f"policy.forecast={forecast}")

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import CLEAN, DIRTY, processes_in
-from hypothesis import given, settings
+from conftest import CLEAN, DIRTY, examples, processes_in
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from test_runs import all_hold, until
@@ -156,7 +156,7 @@ class World:
 minutes = st.lists(st.sampled_from([CLEAN, CLEAN, DIRTY]), min_size=8, max_size=8)
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(minutes, minutes, st.integers(0, 10**6), st.sampled_from([0.1, 0.3, 0.6]), st.lists(st.integers(1, 900), max_size=2))
 def test_whatever_a_cluster_does_there_is_one_copy_at_most_none_at_the_end_and_nobody_else_waits(calm, wild, seed, faults, kills):
     world = World({"calm": calm, "wild": wild}, seed, {"calm": 0.0, "wild": faults})

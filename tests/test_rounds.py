@@ -10,7 +10,8 @@ import json
 import random
 
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from test_schedule import make_run
 
@@ -404,7 +405,7 @@ def play(data: bytes, sites: int, off_delay_s: float) -> World:
     return world
 
 
-@settings(max_examples=10_000, deadline=None, database=None)
+@examples(10_000)
 @given(st.binary(min_size=40, max_size=240), st.integers(2, 3), st.sampled_from([0.0, 2.0]))
 def test_whatever_fails_and_whenever_all_hold_one_model_and_the_whole_budget_is_committed_once(data, sites, off_delay_s):
     all_is_well(play(data, sites, off_delay_s))

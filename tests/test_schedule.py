@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPO
-from hypothesis import given, settings
+from conftest import REPO, examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import carbon
@@ -111,7 +111,7 @@ settings_ = dict(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(days, st.fixed_dictionaries(settings_), st.lists(st.sampled_from([0.5, 1.0, 1.7]), min_size=4, max_size=4))
 def test_whatever_joins_and_leaves_every_batch_is_committed_at_most_once_and_all_when_the_budget_ends(signals, given_, speeds):
     rates = {s: r for s, r in zip(signals, speeds)}
@@ -233,7 +233,7 @@ def drive_in_real_time(run: Run, samples, timed: Facts, store_s: float = 0.0, fe
     return records
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(days, st.sampled_from([60.0, 200.0]))
 def test_the_wall_clock_decides_as_the_virtual_clock_does(signals, off_delay_s):
     """Fed the same observations and reports, both take the same turns: who is on when, who trains with whom."""
@@ -257,7 +257,7 @@ def test_the_wall_clock_decides_as_the_virtual_clock_does(signals, off_delay_s):
     assert phases(got) == phases(expected)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(days, st.sampled_from([0.0, 60.0, 200.0]), st.sampled_from([0.0, 15.0, 70.0]), st.sampled_from([0.0, 11.0, 100.0]),
        st.integers(5, 400))  # fmt: skip
 def test_slow_stores_and_downloads_lose_no_batch(signals, off_delay_s, store_s, fetch_s, budget):

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Runner
-from hypothesis import given, settings
+from conftest import Runner, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -55,7 +55,7 @@ def test_ctrl_c_in_the_middle_of_a_write_writes_nothing_twice(tmp_path, monkeypa
     journal.close()
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(records, st.data())
 def test_a_journal_torn_at_any_byte_keeps_its_whole_records_and_goes_on_contiguously(tmp_path_factory, some, data):
     path = tmp_path_factory.mktemp("j") / "journal.jsonl"
@@ -131,7 +131,7 @@ def newest(folder):
     return max(folder.glob("round-*.safetensors"))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.data())
 def test_a_damaged_state_is_noticed_and_the_older_one_used(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("s")
@@ -190,7 +190,7 @@ def test_a_state_that_does_not_fit_leaves_the_old_ones_as_they_were(tmp_path, mo
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.lists(st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=5))
 def test_the_safetensors_library_reads_what_we_write(tmp_path_factory, kinds):
     path = tmp_path_factory.mktemp("t") / "x.safetensors"

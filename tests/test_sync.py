@@ -6,7 +6,8 @@ from collections import defaultdict
 
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sync
@@ -71,7 +72,7 @@ def members(numel, count, seed=0):
 SIZES = st.integers(1, 4 * BLOCK) | st.sampled_from([(1 << 18) - 1, (1 << 18) + 1, 2 << 18])
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(SIZES, st.lists(st.integers(0, 9), min_size=2, max_size=4).filter(any), st.sampled_from(list(FORMATS)))
 def test_all_members_end_with_the_same_bits_and_theta_is_as_it_was(numel, tokens, wire_):
     theta, ends = members(numel, len(tokens))
@@ -114,7 +115,7 @@ def test_a_weight_of_zero_keeps_garbage_out():
 # -- lossy formats --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.integers(1, 3 * BLOCK), st.integers(-40, 37), st.integers(0, 99), st.sampled_from(["bf16", "int8"]))
 def test_an_element_loses_at_most_half_a_step(numel, magnitude, seed, wire_):
     values = torch.zeros(-(-numel // BLOCK) * BLOCK)
@@ -127,7 +128,7 @@ def test_an_element_loses_at_most_half_a_step(numel, magnitude, seed, wire_):
     assert (off <= 0.501 * step + 1e-36).all()
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.integers(1, 3 * BLOCK), st.integers(1, 4), st.sampled_from(["bf16", "int8"]), st.integers(0, 9))
 def test_what_a_round_leaves_out_later_rounds_bring(numel, count, wire_, seed):
     """Error feedback: over any number of rounds, what was applied plus what the members still hold back is what was trained."""
@@ -186,7 +187,7 @@ def test_the_outer_step_with_agreed_bytes_is_the_outer_step_with_what_they_mean(
     assert torch.equal(theta, plain) and torch.equal(m, m_plain) and torch.equal(model, theta)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.floats(1e4, 1e11), st.floats(1e4, 1e11), st.floats(1.0, 3600.0), st.integers(1, 10**9))
 def test_auto_is_the_most_exact_format_that_fits_and_never_less_exact_on_a_faster_link(a, b, train_s, numel):
     order = list(FORMATS)
@@ -198,7 +199,7 @@ def test_auto_is_the_most_exact_format_that_fits_and_never_less_exact_on_a_faste
     assert wire.choose(numel, 1e15, train_s, took) == slow, "what was measured counts, not what the link was taken for"
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.sampled_from([1.0, -3e38, 3e38, float("inf"), float("-inf"), float("nan"), 0.0]), min_size=1, max_size=9))
 def test_finite_means_every_element(values):
     assert sync.all_finite(torch.tensor(values)) == bool(torch.isfinite(torch.tensor(values)).all())
