@@ -664,6 +664,8 @@ class Run:
             self.holds.pop(site)
         if not self.facts.timed and self.stored == self.round and self.schedule.sites[site].state == "on":
             self._actions.append(Action("fetch", site, {"round": self.stored}))
+        if self.facts.timed and self._owed and self.holds.get(self.sender) != self.round:
+            self._ask_store(t)  # it was to send the result; the virtual clock waits for that
         self._set_power(t)
 
     def spoiled(self, t: float, site: str, number: int, why: str) -> None:

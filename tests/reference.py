@@ -93,7 +93,7 @@ def train(cfg, records: list[dict], trial: Trial = Trial(), log=lambda committed
                 inners[site] = inner
             if r.inner_state == "reset":
                 inners[site] = Inner(models[site], cfg.optim)
-            flat.write(theta, models[site])
+            torch.nn.utils.vector_to_parameters(theta.clone(), models[site].parameters())
             batches = [b for first, stop in ranges for b in range(first, stop)]
             ratio = sum(rates.values()) / rates[site] if r.lr_position == "global" else 1.0
             losses[site] = []

@@ -96,7 +96,7 @@ def many(num: int, hours: float, num_batches: int, **changes):
 def test_a_day_of_a_hundred_sites_keeps_every_invariant(tmp_path):
     cfg, traces = many(100, 24, 40_000)
     summary = simulate.simulate(cfg, traces, folder=tmp_path / "day")
-    held = journal.check(journal.read(tmp_path / "day" / "journal.jsonl"), config.num_batches(cfg))
+    held = journal.check(journal.read(tmp_path / "day" / "journal.jsonl"), config.num_batches(cfg), cfg.data.tokens_per_step)
     assert all(ok for ok, _ in held), held
     assert summary["end"] == "budget" and summary["tokens"] == cfg.budget.tokens
     assert sum(site["starts"] > 0 for site in summary["sites"].values()) > 30

@@ -112,9 +112,9 @@ def test_check_finds_what_is_broken():
         {"n": 2, "t_s": 9.0, "type": "commit", "round": 0, "tokens": 20, "batches": {"a": [[0, 2]]}},
         {"n": 3, "t_s": 9.0, "type": "store", "round": 1},
     ]
-    assert all(ok for ok, _ in journal.check(good, 10))
+    assert all(ok for ok, _ in journal.check(good, 10, 10))
     twice = good + [good[1] | {"n": 4, "t_s": 9.0, "round": 1}, good[2] | {"n": 5, "round": 1}]
-    assert [line for ok, line in journal.check(twice, 10) if not ok]
+    assert [line for ok, line in journal.check(twice, 10, 10) if not ok]
     for change in ({"round": 5}, {"batches": {"b": [[0, 2]]}}, {"t_s": -1.0}, {"n": 7}):
-        assert not all(ok for ok, _ in journal.check([*good[:2], good[2] | change, good[3]], 10)), change
-    assert not all(ok for ok, _ in journal.check([*good, {"n": 4, "t_s": 9.0, "type": "end", "reason": "budget"}], 10))
+        assert not all(ok for ok, _ in journal.check([*good[:2], good[2] | change, good[3]], 10, 10)), change
+    assert not all(ok for ok, _ in journal.check([*good, {"n": 4, "t_s": 9.0, "type": "end", "reason": "budget"}], 10, 10))
