@@ -229,7 +229,7 @@ class Site:
     energy: str = "auto"  # wall clock: auto: measured where it can be (devices.py) | model: idle_kw and train_kw
     peak_tflops: float | None = None  # of one device at model.dtype, for the MFU; null: known GPUs by name, others have none
     threads_local: int = 2  # torch threads of a rank while the site trains alone
-    threads_federated: int = 1  # ... and with others
+    threads_federated: int = 1  # ... and with others; a compiled model keeps threads_local
     keep_disk: bool = False  # the site's disk outlives its windows, and inner optimizer state on it
     provision: dict[str, Any] = field(default_factory=dict)  # keys of `provision:` that differ at this site
 

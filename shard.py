@@ -161,8 +161,11 @@ class Shard:
         self.inner = Inner(self.held.model, self.cfg.optim, self.ranks)
 
     @together
-    def threads(self, number: int) -> None:
-        torch.set_num_threads(number)
+    def threads(self, alone: bool) -> None:
+        """As many as the config says for a site alone, or for one among others. A compiled model keeps the first number: with another
+        it would be compiled anew."""
+        one_number = alone or self.cfg.model.compile
+        torch.set_num_threads(self.spec.threads_local if one_number else self.spec.threads_federated)
 
     @together
     def step(self, batch_id: int, likely_next: list[int], parts: list) -> Tensor:

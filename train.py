@@ -347,7 +347,7 @@ class Site:
     def _plan(self, c: dict) -> Plan:
         if self.cfg.rounds.inner_state == "reset":
             self.shard.new_inner()
-        self.shard.threads(self.spec.threads_local if c["mode"] == "local" else self.spec.threads_federated)
+        self.shard.threads(c["mode"] == "local")
         together = self.cfg.rounds.lr_position == "global"
         ratio = c["rate_ratio"] if together else 1.0
         splits = c["num_members"] if self.cfg.rounds.split_steps else 1

@@ -4,7 +4,7 @@
 sockets, and returns theta after each round. The real thing must arrive at the same bits.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -105,7 +105,7 @@ def train(cfg, records: list[dict], trial: Trial = Trial(), log=lambda committed
                     position = min(committed + (i + first / corpus.rows) * per_step * ratio, budget)
                     point = schedule(position, budget, per_step, cfg.optim)
                     slower = 1 / len(parts) if trial.momentum_by_tokens else 1.0
-                    point = replace(point, lr_scale=point.lr_scale * len(rates) ** trial.federated_lr,
+                    point = point._replace(lr_scale=point.lr_scale * len(rates) ** trial.federated_lr,
                                     muon_momentum=point.muon_momentum**slower)  # fmt: skip
                     inners[site].set(point)
                     for group in inners[site].adam.param_groups:

@@ -20,6 +20,7 @@ import carbon
 import devices
 import figures
 import report
+import shard
 from carbon import Interval, Reading
 from config import BadInput
 from coordinator import Coordinator
@@ -384,7 +385,7 @@ def test_wandb_sees_the_mfu_and_who_measured_the_energy():
 METERED = """
 import sys, time
 sys.path.insert(0, {repo!r})
-import train
+import shard, train
 
 class Meter:
     method = "rapl"
@@ -395,7 +396,7 @@ class Meter:
     def joules(self):
         return {watts} * (time.monotonic() - self.began)
 
-train.Meter = Meter
+shard.Meter = Meter
 train.config.command(train.main)
 """
 
@@ -430,3 +431,15 @@ def test_a_run_on_the_wall_clock_is_accounted_for_by_its_meters(runner):
     assert measured_kwh == pytest.approx(3.0 * covered_s / 3600, rel=0.2), "but for what lies beside up time"
     assert "% measured (rapl)" in runner.said("coordinator-2")
     assert all(isinstance(r["energy_method"], str) for s in "ab" for r in report.read_lines(runner.run_dir / f"{s}.jsonl"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_compiled_model_keeps_its_number_of_threads(compiled):
+    """Another one has torch compile the model anew, in the middle of a run."""
+    before, spec = torch.get_num_threads(), types.SimpleNamespace(threads_local=2, threads_federated=1)
+    held = types.SimpleNamespace(spec=spec, cfg=types.SimpleNamespace(model=types.SimpleNamespace(compile=compiled)))
+    try:
+        seen = [(shard.TOGETHER["threads"](held, alone), torch.get_num_threads())[1] for alone in (True, False, True)]
+    finally:
+        torch.set_num_threads(before)
+    assert seen == ([2, 2, 2] if compiled else [2, 1, 2])

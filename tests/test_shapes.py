@@ -63,9 +63,10 @@ def test_the_smallest_of_several_ranks_hold_under_torchrun_itself(lab, shape):
 
 
 @pytest.mark.slow
-def test_a_site_of_two_ranks_sends_again_what_arrived_damaged(lab):
+@pytest.mark.parametrize("clock", SETTINGS["clock"])
+def test_a_site_of_two_ranks_sends_again_what_arrived_damaged(lab, clock):
     """Either site may be asked: the sender of a local round itself, of a federated one the other."""
-    run = lab.run(Shape(ranks="two", clock="wall"), fault="upload:2", check=True)
+    run = lab.run(Shape(ranks="two", clock=clock), fault="upload:2", check=True)
     faults = [r["kind"] for r in run.journal if r["type"] == "fault"]
     assert faults in (["spoiled upload"], ["wrong base"]), "damaged, noticed, and nobody lost over it"
     assert run.summary["tokens"] == sum(r["tokens"] for r in run.journal if r["type"] == "commit")
