@@ -69,7 +69,7 @@ class Shard:
         self.device = self.ranks.device
         self.rows = self.corpus.rows // self.ranks.size  # of a batch, at each rank
         self.feed = Feed(self.corpus, self.ranks.rank, self.ranks.size, self.device)
-        self.meter = Meter(self.ranks.node_devices, "model" if virtual else self.spec.energy) if self.ranks.leads_node else None
+        self.meter = node_meter(self.ranks, "model" if virtual else self.spec.energy)
         self.measured = self.ranks.all(self.meter is None or self.meter.method != "model")
         peak = peak_flops(self.device, cfg.model.dtype, self.spec.peak_tflops)
         self.mfu_per_rate = flops_per_token(self.shape) / (peak * self.ranks.size) if peak else None  # per token/s
@@ -293,6 +293,11 @@ def brief(error: BaseException) -> str:
     """An error in one line, without the file names and advice that gloo puts around it."""
     line = (str(error).splitlines() or ["?"])[0]
     return re.sub(r"^\[\S*\] ", "", line).partition(". This is typically")[0]
+
+
+def node_meter(ranks: Ranks, want: str) -> Meter | None:
+    """The meter of a node's devices, at the one rank of it that reads it; the others would count the same joules again."""
+    return Meter(ranks.node_devices, want) if ranks.leads_node else None
 
 
 def _check_ranks(name: str, spec) -> None:

@@ -443,3 +443,9 @@ def test_a_compiled_model_keeps_its_number_of_threads(compiled):
     finally:
         torch.set_num_threads(before)
     assert seen == ([2, 2, 2] if compiled else [2, 1, 2])
+
+
+def test_one_rank_of_a_node_reads_its_meters(monkeypatch):
+    monkeypatch.setattr(shard, "Meter", lambda devices, want: (devices, want))
+    ranks = [types.SimpleNamespace(node_devices=["gpu0", "gpu1"], leads_node=leads) for leads in (True, False)]
+    assert [shard.node_meter(r, "auto") for r in ranks] == [(["gpu0", "gpu1"], "auto"), None]
