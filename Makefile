@@ -24,10 +24,10 @@ both = nice -n 15 $(BIN)/python -m pytest -m "$(1)" $(CLOCKLESS) > $(VENV)/clock
 	$(BIN)/python -m pytest -m "$(1)" $(CLOCKLESS:%=--ignore=%); code=$$?; \
 	wait $$clockless || code=1; cat $(VENV)/clockless.log; exit $$code
 
-test: $(READY)  ## laws and smoke, at most 5 minutes
+test: $(READY)  ## laws and smoke, at most 4 minutes
 	@$(call both,not slow)
 
-test-all: test  ## adds everything with many processes or other environments, at most 30 minutes
+test-all: test  ## adds everything with many processes or other environments, at most 34 minutes
 	@$(call both,slow)
 
 paper: $(READY)  ## the paper's schedules, experiments, figures and table: about 15 minutes on 2 cores
