@@ -72,8 +72,8 @@ def test_as_many_ranks_again_on_two_nodes_give_the_same_bits(results):
 
 
 @pytest.mark.parametrize("said, sites, more", [
-    ("sites.a.ranks=3, but torchrun has started 2 (nodes x --nproc_per_node); start as many, or say sites.a.ranks=2", {},
-     ["sites.a.ranks=3"]),
+    ("sites.a.ranks=4, but torchrun has started 2 (nodes x --nproc_per_node); start as many, or say sites.a.ranks=2", {},
+     ["sites.a.ranks=4"]),
     ("sites.a.parallel=fsdp cuts the model over at least 2 ranks, sites.a.ranks=null; say sites.a.ranks=N, or parallel=ddp",
      {"parallel": "fsdp"}, []),
     ("2 ranks (nodes x --nproc_per_node) must divide the 3 rows of a step", {}, ["data.tokens_per_step=96", "budget.tokens=960"]),
