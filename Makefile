@@ -88,7 +88,7 @@ day-gpu: $(READY)  ## the three-site day at d8 on one GPU, which the sites share
 storm: $(READY)  ## 50 real faults on a real run, then the bill, for three seeds: about 8 minutes each
 	for seed in 1 2 3; do $(BIN)/python bench/storm.py --seed $$seed --faults 50 || exit 1; done
 
-rehearsal: $(READY)  ## the shipped d20 and paper configs, scaled down, by hand-started processes, with real faults: about 6 minutes
+rehearsal: $(READY)  ## the shipped d20 and paper configs, scaled down, by hand-started processes, with real faults: about 8 minutes
 	$(BIN)/python bench/rehearsal.py
 
 bench-recovery: $(READY)  ## deaths in the middle of an average: notice, recovery, rejoin; about 6 minutes
