@@ -186,7 +186,8 @@ class Coordinator:
         self.journal.add([{
             "t_s": 0.0, "type": "genesis", "digest": self.vault.digests[0][0], "config_digest": self.digest,
             "schedule_digest": config.schedule_digest(self.cfg), "corpus_digest": self.corpus.digest,
-            "wall": {"run_id": self.vault.run_id, "epoch_unix": self.epoch, "versions": config.versions()},
+            "wall": {"run_id": self.vault.run_id, "epoch_unix": self.epoch, "versions": config.versions(),
+                     "predicted_end_s": self.predicted_end_s},
         }])  # fmt: skip
         self.journal.flush()
 
@@ -255,7 +256,7 @@ class Coordinator:
             return
         self.journal.add(records)
         for record in records:
-            if line := report.describe(record, self.cfg, self.run):
+            if line := report.describe(record, self.cfg, self.run.committed_tokens):
                 print(line, flush=True)
             self.panel.log(record, self.run, self.traces, self.prices, self._columns, self.readings)
 
@@ -553,7 +554,7 @@ class Coordinator:
                 "tokenizer digest": self.corpus.tokenizer_digest}  # fmt: skip
         wrong = "; ".join(f"{k} is {hello.get(k)!r}, the coordinator's {v!r}" for k, v in ours.items() if hello.get(k) != v)
         if wrong:
-            print(f"coordinator | refused {site}: {wrong}", flush=True)
+            print(f"coordinator | refused {site}: {wrong}", file=sys.stderr, flush=True)
             self.hub.answer(identity, {"type": "refused", "reason": wrong})
             return
         known, incarnation, status = self.incarnations.get(site), hello["incarnation"], hello.get("status")

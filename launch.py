@@ -3,16 +3,18 @@
     python launch.py configs/demo.yaml [key=value ...]
     python launch.py configs/demo.yaml run=two only=[california,texas] sites.texas.ranks=2
     python launch.py configs/mini_paper.yaml fresh=true
+    python launch.py watch runs/demo [--svg FILE [--at HOURS]]
 
 Shows what happens live (a table of sites on a terminal, plain lines elsewhere), starts again what was killed, leaves no
 process behind whatever way it ends, draws the figure, and exits with the coordinator's exit code. It starts just what the
-README tells a person to start by hand, with the same commands.
+README tells a person to start by hand, with the same commands. `watch` shows the same table of any run, also one that was
+started by hand or on Slurm, or is over.
 """
 
 import ctypes
+import math
 import os
 import queue
-import re
 import shutil
 import signal
 import subprocess
@@ -20,11 +22,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
+from subprocess import PIPE
+from typing import TextIO
 
 import config
 import provision
+import screen
 
 GRACE_S = 10.0
 MAX_RESTARTS, QUIET_S = 4, 60.0  # in a row; after so long without one the count begins anew
@@ -63,133 +68,161 @@ def wait_all(children: dict[str, subprocess.Popen], seconds: float) -> bool:
     return False
 
 
-STEP = re.compile(
-    r"(?P<time>\S+) (?P<mode>\w+)\s+MCI\s+(?P<MCI>\S+)\s+round\s+\d+\s+step\s+(?P<step>\S+ \([^)]*\))\s+loss (?P<loss>\S+)"
-    r"\s+tok/s\s+(?P<tokens_s>\S+)(?:\s+MFU\s+\S+)?\s+(?P<kWh>\S+) kWh\s+(?P<gCO2>\S+) gCO2\s+eta (?P<eta>.*)"
-)  # what report.step_line writes
-
-
-class Screen:
-    """A table of sites above the last events on a terminal; the coordinator's lines as they are elsewhere."""
-
-    columns = ("state", "mode", "MCI", "loss", "tokens_s", "kWh", "gCO2")
-
-    def __init__(self, cfg):
-        self.sites = {name: {"state": "off"} for name in cfg.sites}
-        self.events: deque[str] = deque(maxlen=16)
-        self.title = f"run {cfg.run}"
-        self.table: list[str] = []  # the final one
-        self.live = None
-        if sys.stdout.isatty():
-            from rich.live import Live
-
-            self.live = Live(refresh_per_second=4, transient=True)
-            self.live.start()
-
-    def show(self, line: str) -> None:
-        if self.live is None:
-            print(line, flush=True)
-        elif self.table or (line.startswith("run ") and self.events and "parameters" not in line):
-            self.table.append(line)
-        else:
-            self._note(line)
-            self._draw()
-
-    def _note(self, line: str) -> None:
-        who, _, rest = (part.strip() for part in line.partition("|"))
-        step = STEP.match(rest) if who in self.sites else None
-        if step:
-            self.sites[who] |= {c: step[c] for c in self.columns[1:]}
-            self.title = f"{step['time']} UTC  step {step['step']}  eta {step['eta']}"
-            return
-        self.events.append(line)
-        for words, state in (("window open", "provisioning"), (" on: ", "on"), ("window closed", "off"), (" off: ", "off")):
-            if who in self.sites and words in line:
-                kept = {c: self.sites[who].get(c, "") for c in ("kWh", "gCO2")}
-                self.sites[who] = {"state": state} | kept
-
-    def _draw(self) -> None:
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        grid = Table(title=self.title, title_justify="left", min_width=80)
-        grid.add_column("site", no_wrap=True)
-        for column in self.columns:
-            grid.add_column(column.replace("_", "/"), justify="left" if column in ("state", "mode") else "right", no_wrap=True)
-        for name, site in self.sites.items():
-            grid.add_row(name, *(site.get(c, "") for c in self.columns))
-        self.live.update(Group(grid, Text("\n".join(self.events), no_wrap=True, overflow="ellipsis")))
-
-    def close(self) -> None:
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
-            print("\n".join(["", *self.table]), flush=True)
-
-
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["watch"]:
+        return watch_command(argv[1:])
     cfg = config.load(argv)  # bad input is said here, before anything starts
-    run_dir = config.run_dir(cfg)
-    scratch = tempfile.mkdtemp(prefix="curtail-")  # torchrun and wandb leave things in the temporary folder
-    env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1", "TMPDIR": scratch}
-    children: dict[str, subprocess.Popen] = {}
-    logs = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    on_demand = provision.on_demand(cfg)  # the coordinator starts and stops these
-    head_s = max([GRACE_S, *(provision.bound_s(config.provision_of(cfg, name)) for name in on_demand)])
-    screen, again = None, [a for a in argv if not a.startswith("fresh=")]
-    if len(cfg.sites) > 1:  # a meter of this machine counts whole devices, whoever uses them
-        again += [f"sites.{name}.energy=model" for name in cfg.sites]
-
-    def start_site(name: str) -> None:
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        logs[name] = open(run_dir / "logs" / f"{name}.log", "a")
-        children[name] = start(
-            provision.site_command(again, name, config.num_ranks(cfg.sites[name])), env, stdout=logs[name], stderr=logs[name]
-        )
-
-    try:
-        code, restarts, coordinator = None, Restarts(), [sys.executable, str(HERE / "coordinator.py")]
-        while code is None or (code < 0 and restarts.may("coordinator")):  # killed by a signal, not by us: the journal has it all
-            if code is not None:
-                print(f"{'coordinator':15} | killed by signal {-code}; starting it again", file=sys.stderr, flush=True)
-            command = [*coordinator, *(argv if code is None else again)]
-            head = children["coordinator"] = start(command, env, stdout=subprocess.PIPE, text=True)
-            first = head.stdout.readline()  # the coordinator has taken the folder and cleared it, or has refused
-            if first:
-                for name in cfg.sites:
-                    if name not in children and name not in on_demand:
-                        start_site(name)
-                screen = screen or Screen(cfg)
-                _follow(head, children, start_site, restarts, screen, first)
-            code = head.wait()
-        if code == config.EXIT_FAILED:
-            _show_logs(logs)
-        wait_all(children, GRACE_S)
-    except Stop:
-        print("\nlaunch: stopping", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        stop({k: c for k, c in children.items() if k == "coordinator"}, signal.SIGTERM)  # it tells the sites how it ends
-        code = 130
-        wait_all({k: c for k, c in children.items() if k == "coordinator"}, head_s)
-        wait_all(children, GRACE_S)
-    finally:
-        if not wait_all(children, 0.1):
-            stop(children, signal.SIGTERM)
-            if not wait_all(children, GRACE_S / 2):
-                stop(children, signal.SIGKILL)
-        for child in children.values():
-            child.wait()
-        if screen:
-            screen.close()
-            provision.stop_left(cfg)  # of a coordinator that could not
-        shutil.rmtree(scratch, ignore_errors=True)
-    code = config.EXIT_FAILED if code < 0 else code
-    if code in (config.EXIT_DONE, config.EXIT_BUDGET_LEFT) and (run_dir / "summary.json").exists():
-        subprocess.run([sys.executable, str(HERE / "figures.py"), str(run_dir)], env=env, check=False)
+    launch = Launch(cfg, argv)
+    code = launch.run()
+    if code in (config.EXIT_DONE, config.EXIT_BUDGET_LEFT) and (launch.run_dir / "summary.json").exists():
+        subprocess.run([sys.executable, str(HERE / "figures.py"), str(launch.run_dir)], check=False)
     return code
+
+
+def watch_command(argv: list[str]) -> int:
+    """python launch.py watch RUN_DIR [--svg FILE [--at HOURS]]"""
+    parser = config.Parser(prog="launch.py watch", description="The live table of any run: by hand, on Slurm, on this machine, or over.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw it once, into this file")
+    parser.add_argument("--at", type=float, default=math.inf, metavar="HOURS", help="as it was so long after clock.start; only with --svg")
+    args = parser.parse_args(argv)
+    if args.svg is None:
+        return screen.watch(args.run_dir)
+    screen.picture(args.run_dir, args.at * 3600, args.svg)
+    return config.EXIT_DONE
+
+
+class Launch:
+    """The processes of a run on this machine: `run()` starts them, keeps them going and shows them until the run has ended."""
+
+    def __init__(self, cfg, argv: list[str]):
+        self.cfg, self.argv, self.run_dir = cfg, argv, config.run_dir(cfg)
+        self.again = [a for a in argv if not a.startswith("fresh=")]  # how what was killed is started again
+        if len(cfg.sites) > 1:  # a meter of this machine counts whole devices, whoever uses them
+            self.again += [f"sites.{name}.energy=model" for name in cfg.sites]
+        self.on_demand = provision.on_demand(cfg)  # the coordinator starts and stops these
+        self.scratch = tempfile.mkdtemp(prefix="curtail-")  # torchrun and wandb leave things in the temporary folder
+        threads = os.environ.get("OMP_NUM_THREADS", "1")
+        self.env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", "TMPDIR": self.scratch}
+        self.children: dict[str, subprocess.Popen] = {}
+        self.logs: dict[str, TextIO] = {}
+        self.restarts = Restarts()
+        self.terminal = sys.stdout.isatty()
+        self.screen: screen.Screen | None = None
+
+    def run(self) -> int:
+        try:
+            with ExitStack() as stack:
+                code = self._lead(stack)
+            if code == config.EXIT_FAILED:
+                self._show_logs()
+            wait_all(self.children, GRACE_S)
+        except Stop:
+            code = 130
+            self._stop()
+        finally:
+            self._clear()
+        if self.screen:  # elsewhere the coordinator has printed it
+            print(screen.result(self.run_dir, self.cfg, 0.0), flush=True)
+        return config.EXIT_FAILED if code < 0 else code
+
+    def _lead(self, stack: ExitStack) -> int:
+        """Start the coordinator, again if it is killed, and the sites once it has taken the run's folder. -> its exit code"""
+        code, command = None, [sys.executable, str(HERE / "coordinator.py")]
+        while code is None or (code < 0 and self.restarts.may("coordinator")):  # killed by a signal, not by us: the journal has it all
+            if code is not None:
+                say(f"{'coordinator':15} | killed by signal {-code}; starting it again")
+            argv = self.argv if code is None else self.again
+            head = self.children["coordinator"] = start([*command, *argv], self.env, stdout=PIPE, stderr=PIPE, text=True)
+            errors = threading.Thread(target=lambda pipe=head.stderr: [say(line.rstrip("\n")) for line in pipe], daemon=True)
+            errors.start()
+            first = head.stdout.readline()  # it has taken the folder and cleared it, or has refused
+            if first:
+                for name in self.cfg.sites:
+                    if name not in self.children and name not in self.on_demand:
+                        self._start_site(name)
+                if self.terminal and not self.screen:
+                    self.logs["coordinator"] = self._log("coordinator")
+                    self.screen = stack.enter_context(screen.Screen(self.run_dir))
+                self._follow(head, first)
+            code = head.wait()
+            errors.join(1.0)
+        return code
+
+    def _log(self, name: str) -> TextIO:
+        (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        return open(self.run_dir / "logs" / f"{name}.log", "a")
+
+    def _start_site(self, name: str) -> None:
+        self.logs[name] = self._log(name)
+        command = provision.site_command(self.again, name, config.num_ranks(self.cfg.sites[name]))
+        self.children[name] = start(command, self.env, stdout=self.logs[name], stderr=self.logs[name])
+
+    def _follow(self, head: subprocess.Popen, first: str) -> None:
+        """Print the coordinator's lines, or keep them where the screen shows the run, until it closes its end; start a site again whose
+        process was killed or failed."""
+        lines: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=lambda: [lines.put(line) for line in head.stdout] + [lines.put(None)], daemon=True).start()
+        due: dict[str, float] = {}
+        given_up: set[str] = set()
+        line = first
+        while line is not None:
+            if line:
+                print(line, end="", flush=True, file=self.logs["coordinator"] if self.screen else None)
+            for name, child in self.children.items():
+                if name == "coordinator" or name in due or name in given_up or child.poll() in (None, 0, config.EXIT_BUDGET_LEFT):
+                    continue
+                if self.restarts.may(name):
+                    due[name] = time.monotonic() + self.restarts.pause_s(name)
+                    say(f"{name:15} | process ended with code {child.returncode}; starting it again")
+                else:
+                    given_up.add(name)
+                    say(f"{name:15} | process ended with code {child.returncode} again and again; see its log")
+            for name in [name for name, t in due.items() if time.monotonic() >= t]:
+                del due[name]
+                if head.poll() is None:
+                    self._start_site(name)
+            try:
+                line = lines.get(timeout=0.2)
+            except queue.Empty:
+                line = ""
+
+    def _stop(self) -> None:
+        """Ctrl-C or SIGTERM: the coordinator ends the run and tells the sites how."""
+        say("\nlaunch: stopping")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        head = {k: c for k, c in self.children.items() if k == "coordinator"}
+        stop(head, signal.SIGTERM)
+        wait_all(head, max([GRACE_S, *(provision.bound_s(config.provision_of(self.cfg, name)) for name in self.on_demand)]))
+        wait_all(self.children, GRACE_S)
+
+    def _clear(self) -> None:
+        """No process of ours stays, and nothing in the temporary folder."""
+        if not wait_all(self.children, 0.1):
+            stop(self.children, signal.SIGTERM)
+            if not wait_all(self.children, GRACE_S / 2):
+                stop(self.children, signal.SIGKILL)
+        for child in self.children.values():
+            child.wait()
+        for log in self.logs.values():
+            log.close()
+        if self.logs:
+            provision.stop_left(self.cfg)  # of a coordinator that could not
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _show_logs(self) -> None:
+        """The last words of sites that failed."""
+        for name, file in self.logs.items():
+            with open(file.name) as log:
+                tail = [line.rstrip() for line in log if line.startswith(f"{name}:") or line.startswith("train.py:")][-2:]
+            for line in tail:
+                say(f"{name:15} | {line}")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class Restarts:
@@ -207,44 +240,6 @@ class Restarts:
 
     def pause_s(self, name: str) -> float:
         return 2.0 ** self.count[name] / 2
-
-
-def _follow(head: subprocess.Popen, children: dict[str, subprocess.Popen], start_site, restarts: Restarts, screen: Screen, first: str):
-    """Show the coordinator's lines until it closes its end; start a site again whose process was killed or failed."""
-    lines: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=lambda: [lines.put(line) for line in head.stdout] + [lines.put(None)], daemon=True).start()
-    due: dict[str, float] = {}
-    given_up: set[str] = set()
-    line = first
-    while line is not None:
-        if line:
-            screen.show(line.rstrip("\n"))
-        for name, child in children.items():
-            if name == "coordinator" or name in due or name in given_up or child.poll() in (None, 0, config.EXIT_BUDGET_LEFT):
-                continue
-            if restarts.may(name):
-                due[name] = time.monotonic() + restarts.pause_s(name)
-                print(f"{name:15} | process ended with code {child.returncode}; starting it again", file=sys.stderr, flush=True)
-            else:
-                given_up.add(name)
-                print(f"{name:15} | process ended with code {child.returncode} again and again; see its log", file=sys.stderr, flush=True)
-        for name in [name for name, t in due.items() if time.monotonic() >= t]:
-            del due[name]
-            if head.poll() is None:
-                start_site(name)
-        try:
-            line = lines.get(timeout=0.2)
-        except queue.Empty:
-            line = ""
-
-
-def _show_logs(logs: dict) -> None:
-    for name, file in logs.items():
-        file.flush()
-        with open(file.name) as log:
-            tail = [line.rstrip() for line in log if line.startswith(f"{name}:") or line.startswith("train.py:")][-2:]
-        for line in tail:
-            print(f"{name:15} | {line}", file=sys.stderr)
 
 
 def _stop(number, frame) -> None:

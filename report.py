@@ -97,7 +97,7 @@ def several(sites: list[str]) -> str:
     return " + ".join(sites) if more <= 0 else f"{' + '.join(sites[:SHOWN])} and {more} more"
 
 
-def describe(record: dict, cfg, run) -> str | None:
+def describe(record: dict, cfg, committed_tokens: int) -> str | None:
     """One line for one journal record, or None for those that tell a reader nothing."""
     kind, at = record["type"], clock(cfg, record["t_s"])
     if kind == "site":
@@ -111,7 +111,7 @@ def describe(record: dict, cfg, run) -> str | None:
     if kind == "open":
         return f"{'local':15} | {at} round {record['round']}: {record['members'][0]}"
     if kind == "commit":
-        done = 100 * run.committed_tokens / cfg.budget.tokens
+        done = 100 * committed_tokens / cfg.budget.tokens
         return f"{'commit':15} | {at} round {record['round']}: {record['tokens']:,} tokens, {done:.1f} % of the budget"
     if kind == "eval":
         measured = f"loss {record['val_loss']:.4f} nats/token, {record['val_bpb']:.4f} bits/byte"
