@@ -298,7 +298,7 @@ def test_logits_loss_and_every_gradient_are_transformers_nanochats(tmp_path):
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (64, 64)])
 def test_muon_without_bfloat16_is_torchs_but_for_its_rounding(monkeypatch, shape):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(parallel, "multiplies_bfloat16", lambda: False)
     generator = torch.Generator().manual_seed(0)
     begin = torch.randn(*shape, generator=generator)
     ours, theirs = (torch.nn.Parameter(begin.clone()) for _ in range(2))
@@ -312,3 +312,18 @@ def test_muon_without_bfloat16_is_torchs_but_for_its_rounding(monkeypatch, shape
     assert (ours - theirs).norm() < 0.02 * (theirs - begin).norm()
     assert both[0][1].state_dict()["state"].keys() == both[1][1].state_dict()["state"].keys()
     assert torch.equal(both[0][1].state[ours]["momentum_buffer"], both[1][1].state[theirs]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("avx512_bf16, amx", [(False, False), (True, False), (False, True)])
+def test_muon_iterates_in_bfloat16_only_where_the_processor_multiplies_it(monkeypatch, avx512_bf16, amx):
+    """AVX-512 alone does not: there bfloat16 takes five times as long as fp32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    called = []
+    monkeypatch.setattr(torch.optim.Muon, "step", lambda self: called.append("bfloat16"))
+    monkeypatch.setattr(parallel, "orthogonal", lambda matrix, *_: called.append("float32") or matrix)
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.ones(4, 4)
+    parallel.Muon([p], lr=0.02, adjust_lr_fn="original").step()
+    assert called == ["bfloat16" if avx512_bf16 or amx else "float32"]
