@@ -79,7 +79,7 @@ class Model:
     vocab: int | None = None  # null: the tokenizer's; a number is refused unless the tokenizer has just as many
     residual_scalars: bool = False  # per-layer residual and x0 scalars, on in the paper's code
     init: str | None = None  # theta_0: null: from the seed | a folder in Hugging Face's format, such as export.py writes
-    dtype: str = "float32"  # float32 | bfloat16 (autocast; parameters, optimizers and averages stay fp32)
+    dtype: str = "float32"  # float32 | bfloat16 (autocast; what is kept and averaged stays fp32) | auto: bfloat16 where it is in hardware
     compile: bool = False  # torch.compile, block by block
 
 
@@ -297,7 +297,7 @@ class Config:
 
 CHOICES = {
     "clock.mode": ("virtual", "wall"),
-    "model.dtype": ("float32", "bfloat16"),
+    "model.dtype": ("float32", "bfloat16", "auto"),
     "rounds.outer": ("none", "nesterov"),
     "rounds.local": ("plain", "outer"),
     "rounds.inner_state": ("keep", "reset"),

@@ -1,5 +1,6 @@
 """What this machine's devices can do, and what they draw.
 
+    dtype_on(device, "auto")                  bfloat16 where it is multiplied in hardware, else float32
     peak_flops(device, "bfloat16", None)      the MFU's denominator
     meter = Meter([device], "auto")           meter.method: nvml | nvml+rapl | rapl | model
     meter.joules()                            drawn since the meter was made; None: nothing here measures it
@@ -45,6 +46,18 @@ PEAK_TFLOPS = {
 }
 POWERCAP = Path("/sys/class/powercap")
 READ_EVERY_S = 30.0  # a RAPL counter wraps after 65 kJ or more: no package draws the 2.2 kW that would take
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether it does so in hardware: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX. AVX-512 alone does not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def dtype_on(device: torch.device, dtype: str) -> str:
+    """What a config's model.dtype means here: float32 or bfloat16."""
+    return dtype if dtype != "auto" else "bfloat16" if multiplies_bfloat16(device) else "float32"
 
 
 def peak_flops(device: torch.device, dtype: str, given_tflops: float | None) -> float | None:

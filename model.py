@@ -33,6 +33,8 @@ NORM_EPS = torch.finfo(torch.float32).eps  # F.rms_norm's in fp32, kept in bfloa
 # Logits held at a time. On a GPU 8,192 tokens of a vocabulary of 65,536 keep it busy; a CPU's come to 4 MB and stay in its cache.
 GPU_CHUNK, CPU_CHUNK, MIN_CHUNK_TOKENS = 1 << 29, 1 << 20, 128
 
+SHORT = 512  # up to so many positions all probabilities of a batch may be kept
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -119,6 +121,26 @@ class SquaredReLU(Function):
         return (dy * x).mul_(2)
 
 
+class ShortAttention(Function):
+    """Causal attention over (B, H, T, D) that keeps all its probabilities. Quicker than PyTorch's where that has no kernel of its
+    own, in bfloat16 on CPUs: two and a half times at T = 256, most of it backward."""
+
+    @staticmethod
+    def forward(ctx, *qkv: Tensor) -> Tensor:
+        (B, H, T, D), (q, k, v) = qkv[0].shape, (x.flatten(0, 1) for x in qkv)
+        later = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
+        p = torch.baddbmm(later, q, k.mT, alpha=D**-0.5).softmax(-1)
+        ctx.save_for_backward(q, k, v, p)
+        return (p @ v).view(B, H, T, D)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, p = ctx.saved_tensors
+        d, scale = dy.flatten(0, 1), dy.size(-1) ** -0.5
+        ds = torch._softmax_backward_data(d @ v.mT, p, -1, p.dtype)
+        return tuple(x.view(dy.shape) for x in ((ds @ k).mul_(scale), (ds.mT @ q).mul_(scale), p.mT @ d))
+
+
 class Attention(nn.Module):
     def __init__(self, s: Shape):
         super().__init__()
@@ -134,9 +156,11 @@ class Attention(nn.Module):
         k = self.k(x_BTC).view(B, T, self.kv_heads, self.head_width)
         v = self.v(x_BTC).view(B, T, self.kv_heads, self.head_width)
         q, k = rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=self.kv_heads != self.heads
-        )
+        q, k, v, grouped = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.kv_heads != self.heads
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT and not grouped and not torch.compiler.is_compiling():
+            y = ShortAttention.apply(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 

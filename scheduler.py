@@ -327,11 +327,10 @@ class Joint:
     def last_s(self, t: float, sites: dict[str, Site], left: float, off: str = "", on: str = "") -> tuple[float, list[str]]:
         """When the budget would surely be trained if from t on those that are up ran, `off` restarted first and `on` started, and as
         many more as make it sooner; and who they are: a few tokens are done sooner without an average."""
-        joined = sum(s.state == "on" for n, s in sites.items() if n != off)
-        wait_s = self.train_s + self.sync_s if joined > 1 else 0.0  # a round that is under way takes nobody in
         ready = {n: s.restart_s if n == off else s.ready_s(t) for n, s in sites.items()}
-        ready = {n: r + wait_s if r else r for n, r in ready.items()}
         sure = [n for n, s in sites.items() if (s.up and n != off) or n == on]
+        first = sorted(ready[n] for n in sure)[1:2]  # when two are there, a round may be under way, and takes nobody in
+        ready = {n: r + self.train_s + self.sync_s if r and first and (n not in sure or r > first[0]) else r for n, r in ready.items()}
         more = sorted((n for n in sites if n not in sure), key=lambda n: (ready[n], -sites[n].tokens_per_s))
         best: tuple[float, list[str]] = (INFINITY, [])
         step_s = self.step_s(sites)

@@ -33,7 +33,7 @@ import config
 import sync
 from config import BadInput
 from data import Corpus, Feed
-from devices import Meter, peak_flops
+from devices import Meter, dtype_on, peak_flops
 from model import GPT, flops_per_token, shape_of
 from optim import Inner, Point
 from parallel import Held, Ranks
@@ -71,7 +71,7 @@ class Shard:
         self.feed = Feed(self.corpus, self.ranks.rank, self.ranks.size, self.device)
         self.meter = node_meter(self.ranks, "model" if virtual else self.spec.energy)
         self.measured = self.ranks.all(self.meter is None or self.meter.method != "model")
-        peak = peak_flops(self.device, cfg.model.dtype, self.spec.peak_tflops)
+        peak = peak_flops(self.device, dtype_on(self.device, cfg.model.dtype), self.spec.peak_tflops)
         self.mfu_per_rate = flops_per_token(self.shape) / (peak * self.ranks.size) if peak else None  # per token/s
         self.folder = config.run_dir(cfg) / "sites" / cfg.site
         self.held: Held | None = None

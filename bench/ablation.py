@@ -1,12 +1,14 @@
 """Which protocol learns best from the same tokens? Validation loss over seeds, each variant differing in one place.
 
-    python bench/ablation.py [--scale small|demo] [--seeds 1,2,3] [--only NAME,...] [--out DIR] [key=value ...]
+    python bench/ablation.py [--scale small|demo] [--seeds 1,2,3] [--only NAME,...] [--jobs N] [--out DIR] [key=value ...]
+    python bench/ablation.py --seeds 101,102,103,104,105,106,107,108 --only centralized,split-average-short,split-average,paper
 
 Each variant is simulated (who trains what, when) and then trained for real by tests/reference.py, the protocol in one
 process that the tests hold the real thing to. Variants change configs/demo.yaml in the place they name; `key=value`
 changes all of them. `small`, the default, halves the demo's batch and width and learns the same 1,200 steps in about 75 s;
-at the demo's own size seeds differ more than variants do (bench/README.md). One process per core, one thread each; results
-are kept in DIR/results.jsonl, so that a second call only adds what is missing. Prints the table of bench/README.md.
+at the demo's own size seeds differ more than variants do (bench/README.md). `--jobs` processes, one per core unless told
+otherwise, one thread each; results are kept in DIR/results.jsonl, so that a second call only adds what is missing. Prints the
+table of bench/README.md.
 """
 
 import json
@@ -107,28 +109,41 @@ def one(name: str, seed: int, extra: list[str]) -> dict:
     federated = sum(r["tokens"] for r in records if r["type"] == "commit" and len(r["batches"]) > 1) / cfg.budget.tokens
     theta = reference(cfg, records, trial)[-1]
     return {"name": name, "seed": seed, "extra": extra, "val_loss": validation(cfg, theta), "federated_share": federated,
-            "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+            "goodput": simulate.simulate(cfg, decisions=False)["goodput"], "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+
+
+# Student's t, 97.5 %, by degrees of freedom
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
+
+
+def mean_and_interval(values: list[float], form: str) -> str:
+    """The mean, and its 95 % interval by Student's t where there are two values or more."""
+    mean = format(statistics.mean(values), form)
+    if len(values) < 2:
+        return mean
+    half = T[min(len(values) - 1, len(T)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean} ± {format(half, form.lstrip('+'))}"
 
 
 def table(rows: list[dict], seeds: list[int]) -> str:
-    """Mean over seeds, spread (standard deviation), and the distance to centralized, seed by seed."""
+    """Mean over seeds with its 95 % interval, the distance to centralized, seed by seed, and the goodput of the same settings."""
     loss = {(r["name"], r["seed"]): r["val_loss"] for r in rows}
-    lines = ["| variant | what differs | validation loss | over centralized, % |", "| --- | --- | ---: | ---: |"]
+    goodput = {r["name"]: r["goodput"] for r in rows if "goodput" in r}
+    lines = ["| variant | what differs | validation loss | over centralized, % | goodput |", "| --- | --- | ---: | ---: | ---: |"]
     for name, (text, _, _) in VARIANTS.items():
         have = [s for s in seeds if (name, s) in loss]
         if not have:
             continue
-        values = [loss[name, s] for s in have]
         over = [100 * (loss[name, s] / loss["centralized", s] - 1) for s in have if ("centralized", s) in loss]
-        spread = [statistics.stdev(x) if len(x) > 1 else math.nan for x in (values, over)]
         note = "" if len(have) == len(seeds) else f" (seeds {', '.join(map(str, have))})"
-        last = f"{statistics.mean(over):+.2f} ± {spread[1]:.2f}" if over and name != "centralized" else ""
-        lines.append(f"| `{name}` | {text}{note} | {statistics.mean(values):.4f} ± {spread[0]:.4f} | {last} |")
+        last = mean_and_interval(over, "+.2f") if over and name != "centralized" else ""
+        share = f"{goodput[name]:.3f}" if name in goodput else ""
+        lines.append(f"| `{name}` | {text}{note} | {mean_and_interval([loss[name, s] for s in have], '.4f')} | {last} | {share} |")
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
-    options = {"--seeds": "1,2,3", "--only": ",".join(VARIANTS), "--scale": "small", "--out": None}
+    options = {"--seeds": "1,2,3", "--only": ",".join(VARIANTS), "--scale": "small", "--jobs": str(os.cpu_count()), "--out": None}
     extra = []
     while argv:
         word, *argv = argv
@@ -152,7 +167,7 @@ def main(argv: list[str]) -> int:
     todo = [(n, s) for s in seeds for n in names if (n, s) not in done]
     Corpus(config.load([CONFIG, *extra]))  # prepared once, before the processes want it
     spawn = get_context("spawn")  # a fork would inherit the locks of BLAKE3's and torch's threads, and wait for ever
-    with ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
+    with ProcessPoolExecutor(int(options["--jobs"]), spawn) as pool:
         for future in as_completed([pool.submit(one, n, s, extra) for n, s in todo]):
             rows.append(future.result())
             with open(path, "a") as file:

@@ -96,7 +96,7 @@ def measure(cfg, spec, shape: Shape, steps: int, ranks) -> dict:
     import torch.distributed as dist
 
     from data import Corpus, read_meta, tokens_dir
-    from devices import peak_flops
+    from devices import dtype_on, peak_flops
     from optim import Inner, schedule
     from parallel import Held
 
@@ -118,11 +118,12 @@ def measure(cfg, spec, shape: Shape, steps: int, ranks) -> dict:
         inner.zero_grad()
         step_s.append(now_s(ranks.device) - start_s)
     rate, processor_s = tokens / median(step_s[1:]), time.process_time() - processor_s
-    peak = peak_flops(ranks.device, cfg.model.dtype, spec.peak_tflops)
+    dtype = dtype_on(ranks.device, cfg.model.dtype)
+    peak = peak_flops(ranks.device, dtype, spec.peak_tflops)
     cuda = ranks.device.type == "cuda"
     out = {
         "ranks": ranks.size, "parallel": spec.parallel if ranks.size > 1 else None,
-        "device": torch.cuda.get_device_name(ranks.device) if cuda else "cpu", "dtype": cfg.model.dtype,
+        "device": torch.cuda.get_device_name(ranks.device) if cuda else "cpu", "dtype": dtype,
         "device_batch": spec.device_batch, "checkpointing": spec.checkpointing, "compile": cfg.model.compile,
         "first_step_s": step_s[0], "gradient_tokens_per_s": tokens / median(gradient_s[1:]), "tokens_per_s": rate,
         "tokens_per_processor_s": tokens * steps / processor_s,
@@ -164,15 +165,17 @@ def grown_to_bytes() -> int:
 def versus(cfg, spec, shape: Shape, steps: int, threads: int) -> dict:
     """`beside`, in the environment that has transformers."""
     from bench.environments import make
+    from devices import dtype_on
 
-    about = {"shape": vars(shape), "device": spec.device, "dtype": cfg.model.dtype, "compiled": cfg.model.compile,
+    dtype = dtype_on(torch.device(spec.device), cfg.model.dtype)
+    about = {"shape": vars(shape), "device": spec.device, "dtype": dtype, "compiled": cfg.model.compile,
              "rows": spec.device_batch, "steps": steps, "threads": threads}  # fmt: skip
     command = [make("transformers") / "python", __file__, "--beside", json.dumps(about)]
     seconds = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     tokens = spec.device_batch * shape.seq_len
     ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["theirs"])]
     rates = {f"{who}_tokens_per_s": [tokens / s for s in took] for who, took in seconds.items()}
-    return {"device": spec.device, "dtype": cfg.model.dtype, "device_batch": spec.device_batch, "compile": cfg.model.compile,
+    return {"device": spec.device, "dtype": dtype, "device_batch": spec.device_batch, "compile": cfg.model.compile,
             "ratio": ratios} | rates  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import config
+import devices
 import model
 import parallel
 import sync
@@ -296,34 +297,69 @@ def test_logits_loss_and_every_gradient_are_transformers_nanochats(tmp_path):
         assert furthest(ours, theirs) < 1e-5, made.shape
 
 
-@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (64, 64)])
-def test_muon_without_bfloat16_is_torchs_but_for_its_rounding(monkeypatch, shape):
-    monkeypatch.setattr(parallel, "multiplies_bfloat16", lambda: False)
+@pytest.mark.parametrize("in_hardware", [True, False])
+@pytest.mark.parametrize("together", [1, 2048, 1 << 20])
+def test_muon_on_a_cpu_is_torchs_but_for_its_rounding(monkeypatch, in_hardware, together):
+    """Alone or in groups of any size, in bfloat16 or in fp32."""
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda device: in_hardware)
+    monkeypatch.setattr(parallel, "TOGETHER", together)
     generator = torch.Generator().manual_seed(0)
-    begin = torch.randn(*shape, generator=generator)
-    ours, theirs = (torch.nn.Parameter(begin.clone()) for _ in range(2))
+    begin = [torch.randn(*shape, generator=generator) for shape in [(16, 48), (48, 16), (64, 64)] * 3]
+    ours, theirs = ([torch.nn.Parameter(b.clone()) for b in begin] for _ in range(2))
     hyper = {"lr": 0.02, "weight_decay": 0.1, "nesterov": True, "adjust_lr_fn": "original"}
-    both = ((ours, parallel.Muon([ours], **hyper)), (theirs, torch.optim.Muon([theirs], **hyper)))
-    for _ in range(5):
-        grad = torch.randn(*shape, generator=generator)
-        for p, optimizer in both:
-            p.grad = grad.clone()
+    both = ((ours, parallel.Muon(ours, **hyper)), (theirs, torch.optim.Muon(theirs, **hyper)))
+    for step in range(5):
+        for i, b in enumerate(begin):
+            grad = torch.randn(*b.shape, generator=generator)
+            for params, _ in both:
+                params[i].grad = None if i == step else grad.clone()  # one without a gradient stays as it is
+        for _, optimizer in both:
             optimizer.step()
-    assert (ours - theirs).norm() < 0.02 * (theirs - begin).norm()
+    for a, b, was in zip(ours, theirs, begin):
+        assert (a - b).norm() < 0.02 * (b - was).norm()
+        assert torch.equal(both[0][1].state[a]["momentum_buffer"], both[1][1].state[b]["momentum_buffer"])
     assert both[0][1].state_dict()["state"].keys() == both[1][1].state_dict()["state"].keys()
-    assert torch.equal(both[0][1].state[ours]["momentum_buffer"], both[1][1].state[theirs]["momentum_buffer"])
 
 
 @pytest.mark.parametrize("avx512_bf16, amx", [(False, False), (True, False), (False, True)])
-def test_muon_iterates_in_bfloat16_only_where_the_processor_multiplies_it(monkeypatch, avx512_bf16, amx):
+def test_bfloat16_is_used_only_where_the_processor_multiplies_it(monkeypatch, avx512_bf16, amx):
     """AVX-512 alone does not: there bfloat16 takes five times as long as fp32."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    called = []
-    monkeypatch.setattr(torch.optim.Muon, "step", lambda self: called.append("bfloat16"))
-    monkeypatch.setattr(parallel, "orthogonal", lambda matrix, *_: called.append("float32") or matrix)
+    iterated = []
+    monkeypatch.setattr(parallel, "orthogonal", lambda matrices, *_: iterated.append(matrices.dtype) or matrices)
     p = torch.nn.Parameter(torch.ones(4, 4))
     p.grad = torch.ones(4, 4)
     parallel.Muon([p], lr=0.02, adjust_lr_fn="original").step()
-    assert called == ["bfloat16" if avx512_bf16 or amx else "float32"]
+    expected = torch.bfloat16 if avx512_bf16 or amx else torch.float32
+    assert iterated == [expected] and str(expected) == f"torch.{devices.dtype_on(torch.device('cpu'), 'auto')}"
+    for dtype in ("float32", "bfloat16"):
+        assert devices.dtype_on(torch.device("cpu"), dtype) == dtype
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 17, 8), (3, 4, 64, 32)])
+def test_attention_of_short_sequences_is_pytorchs_and_so_is_its_gradient(dtype, bound, shape):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dy = (torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(4))
+    exact = [x.clone().requires_grad_() for x in (q, k, v)]
+    ours = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    y, theirs = model.ShortAttention.apply(*ours), F.scaled_dot_product_attention(*exact, is_causal=True)
+    y.backward(dy.to(dtype))
+    theirs.backward(dy)
+    for mine, true in zip((y, *(x.grad for x in ours)), (theirs, *(x.grad for x in exact))):
+        assert (mine - true).norm() <= bound * true.norm().clamp(min=1e-6), dtype
+
+
+def test_a_model_in_bfloat16_attends_alike_with_either(monkeypatch):
+    shape = Shape(depth=2, width=32, heads=4, kv_heads=4, seq_len=48, vocab=64)
+    made, (ids, targets) = random_model(shape, seed=3), random_ids(shape, 3, seed=3)
+    called, grads = [], []
+    monkeypatch.setattr(model.ShortAttention, "apply", lambda *qkv, real=model.ShortAttention.apply: called.append(1) or real(*qkv))
+    for short in (512, 0):
+        monkeypatch.setattr(model, "SHORT", short)
+        with torch.autocast("cpu", torch.bfloat16):
+            grads.append(gradients(made, ids, targets))
+    assert len(called) == shape.depth
+    assert furthest(*grads) < 0.05
