@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import REPO, examples
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import carbon
@@ -234,7 +234,12 @@ grids, works, slacks = st.lists(days, min_size=1, max_size=3), st.floats(2.0, 6.
 kinds = st.sampled_from(["persistence", "yesterday", "truth"])
 
 
+BUSY_START = [[420.0, 60.0, 60.0, 0.0, 400.0, 800.0, 400.0, 800.0], [420.0, 250.0, 250.0, 800.0, 0.0, 420.0, 0.0, 250.0],
+              [420.0, 60.0, 60.0, 0.0, 400.0, 800.0, 400.0, 800.0]]  # fmt: skip
+
+
 @examples(40)
+@example(BUSY_START, 3.6576416947057324, 1.2600928146432282, "yesterday", (615, 30))  # who starts second waits for a whole round
 @given(grids, works, slacks, kinds, st.sampled_from([(515, 130), (615, 30)]))
 def test_a_deadline_is_kept_whatever_the_grid_does(columns, hours, slack, forecast, rounds):
     keys = [f"rounds.train_s={rounds[0]}", f"rounds.sync_s={rounds[1]}"]
