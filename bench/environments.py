@@ -15,7 +15,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 PACKAGES = {
-    "flower": ("flwr==1.25.0", ("torch", "numpy", "omegaconf", "safetensors", "blake3", "tokenizers", "pyarrow")),
+    "flower": ("flwr==1.25.0", ("torch", "numpy", "nvidia-ml-py", "omegaconf", "safetensors", "blake3", "tokenizers", "pyarrow")),
     "transformers": ("transformers==5.24.0", ("torch", "numpy", "omegaconf", "safetensors", "tokenizers", "pyarrow")),
     "vessim": ("vessim[live]==0.16.0", ()),
 }  # name -> (what for, which of our requirements beside it)
