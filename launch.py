@@ -1,4 +1,4 @@
-"""Everything on one machine: the coordinator and one torchrun per site, as processes of their own.
+"""Everything on one machine: the coordinator and every site, as processes of their own.
 
     python launch.py configs/demo.yaml [key=value ...]
     python launch.py configs/demo.yaml run=two only=[california,texas] sites.texas.ranks=2
@@ -6,9 +6,9 @@
     python launch.py watch runs/demo [--svg FILE [--at HOURS]]
 
 Shows what happens live (a table of sites on a terminal, plain lines elsewhere), starts again what was killed, leaves no
-process behind whatever way it ends, draws the figure, and exits with the coordinator's exit code. It starts just what the
-README tells a person to start by hand, with the same commands. `watch` shows the same table of any run, also one that was
-started by hand or on Slurm, or is over.
+process behind whatever way it ends, draws the figure, and exits with the coordinator's exit code. It starts what the README
+tells a person to start by hand, a site of one rank without torchrun, which would only start it 2 s later. `watch` shows the
+same table of any run, also one that was started by hand or on Slurm, or is over.
 """
 
 import ctypes
@@ -157,7 +157,9 @@ class Launch:
 
     def _start_site(self, name: str) -> None:
         self.logs[name] = self._log(name)
-        command = provision.site_command(self.again, name, config.num_ranks(self.cfg.sites[name]))
+        ranks = config.num_ranks(self.cfg.sites[name])
+        alone = [sys.executable, str(HERE / "train.py"), *self.again, f"site={name}"]
+        command = alone if ranks == 1 else provision.site_command(self.again, name, ranks)
         self.children[name] = start(command, self.env, stdout=self.logs[name], stderr=self.logs[name])
 
     def _follow(self, head: subprocess.Popen, first: str) -> None:

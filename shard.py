@@ -33,7 +33,7 @@ import config
 import sync
 from config import BadInput
 from data import Corpus, Feed
-from devices import Meter, dtype_on, peak_flops
+from devices import Meter, dtype_on, keep_freed_memory, peak_flops
 from model import GPT, flops_per_token, shape_of
 from optim import Inner, Point
 from parallel import Held, Ranks
@@ -67,6 +67,8 @@ class Shard:
             raise BadInput(str(error)) from None
         self.ranks = Ranks(self.spec.device, self.corpus.rows)
         self.device = self.ranks.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.rows = self.corpus.rows // self.ranks.size  # of a batch, at each rank
         self.feed = Feed(self.corpus, self.ranks.rank, self.ranks.size, self.device)
         self.meter = node_meter(self.ranks, "model" if virtual else self.spec.energy)

@@ -3,6 +3,8 @@
 import itertools
 import json
 import queue
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -449,3 +451,24 @@ def test_one_rank_of_a_node_reads_its_meters(monkeypatch):
     monkeypatch.setattr(shard, "Meter", lambda devices, want: (devices, want))
     ranks = [types.SimpleNamespace(node_devices=["gpu0", "gpu1"], leads_node=leads) for leads in (True, False)]
     assert [shard.node_meter(r, "auto") for r in ranks] == [(["gpu0", "gpu1"], "auto"), None]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_a_step_gets_the_memory_of_the_step_before():
+    """Page faults of five steps of a small model, in a process of their own, with and without."""
+    steps = """
+import resource, sys, devices, torch
+from model import GPT, Shape
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    devices.keep_freed_memory()
+model = GPT(Shape(depth=2, width=128, heads=4, kv_heads=4, seq_len=256, vocab=257)).init_weights(0)
+ids = torch.zeros(4, 256, dtype=torch.long)
+for step in range(8):
+    if step == 3:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    model(ids, ids).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    keep, give = (int(subprocess.check_output([sys.executable, "-c", steps, how], cwd=REPO)) for how in ("keep", "give"))
+    assert 3 * keep < give

@@ -339,7 +339,7 @@ def test_bfloat16_is_used_only_where_the_processor_multiplies_it(monkeypatch, av
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 17, 8), (3, 4, 64, 32)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 17, 8), (3, 4, 64, 32), (1, 2, 128, 8), (2, 2, 300, 16)])
 def test_attention_of_short_sequences_is_pytorchs_and_so_is_its_gradient(dtype, bound, shape):
     generator = torch.Generator().manual_seed(0)
     q, k, v, dy = (torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(4))
@@ -350,6 +350,14 @@ def test_attention_of_short_sequences_is_pytorchs_and_so_is_its_gradient(dtype, 
     theirs.backward(dy)
     for mine, true in zip((y, *(x.grad for x in ours)), (theirs, *(x.grad for x in exact))):
         assert (mine - true).norm() <= bound * true.norm().clamp(min=1e-6), dtype
+
+
+def test_a_norm_leaves_what_it_is_given():
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        was, dy = x.detach().clone(), torch.ones(3, 8, dtype=dtype)
+        model.rms_norm(x).backward(dy)
+        assert torch.equal(x.detach(), was) and torch.equal(dy, torch.ones_like(dy))
 
 
 def test_a_model_in_bfloat16_attends_alike_with_either(monkeypatch):
