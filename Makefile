@@ -15,7 +15,7 @@ $(READY): requirements.txt
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $(READY)
 
-demo: $(READY)  ## one paper day, three sites, real training: about 3 minutes on 2 cores
+demo: $(READY)  ## one paper day, three sites, real training: 2.5 to 3.5 minutes on 2 cores
 	$(BIN)/python launch.py configs/demo.yaml fresh=true
 
 # What no clock and no network decides takes the time that the others' processes leave.
@@ -30,7 +30,7 @@ test: $(READY)  ## laws and smoke, at most 4 minutes
 test-all: test  ## adds everything with many processes or other environments, at most 34 minutes
 	@$(call both,slow)
 
-paper: $(READY)  ## the paper's schedules, experiments, figures and table: about 15 minutes on 2 cores
+paper: $(READY)  ## the paper's schedules, experiments, figures and table: about 13 minutes on 2 cores
 	for c in $(FULL); do $(BIN)/python simulate.py configs/$$c.yaml --write || exit 1; done
 	for c in $(MINI); do $(BIN)/python launch.py configs/$$c.yaml fresh=true || exit 1; done
 	$(BIN)/python figures.py $(FULL:%=runs/%) --out figures/full_scale
