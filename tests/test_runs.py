@@ -5,16 +5,18 @@ import os
 import shutil
 import signal
 import socket
+import tempfile
 import time
 
 import psutil
 import pytest
 import torch
-from conftest import CLEAN, DIRTY, processes_in, write_trace
+from conftest import CLEAN, DIRTY, REPO, processes_in, write_trace
 
 import carbon
 import config
 import data
+import launch
 import report
 from channel import Link
 from journal import check, effective
@@ -384,6 +386,19 @@ def test_ctrl_c_on_the_launcher_leaves_no_process_and_a_resumable_run(runner):
     assert runner.journal()[-1]["type"] == "end" and runner.journal()[-1]["reason"] == "interrupted"
     assert runner.summary()["tokens"] > 0
     all_hold(runner, argv)
+
+
+def test_the_launchers_thread_settings_yield_to_a_persons(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cfg = config.load([str(REPO / "configs" / "demo.yaml")])
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    env = launch.Launch(cfg, []).env
+    assert (env["OMP_NUM_THREADS"], env["GOMP_SPINCOUNT"]) == ("2", "3000")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    env = launch.Launch(cfg, []).env
+    assert (env["OMP_NUM_THREADS"], env["GOMP_SPINCOUNT"]) == ("1", "7")
 
 
 @pytest.mark.slow
