@@ -526,7 +526,7 @@ class Site:
         """Validation loss (nats per token) and bits per byte (separators left out) of the model we hold."""
         began, last = time.monotonic(), c["type"] == "evaluate"
         if last:  # the others have no work any more
-            self.shard.threads(alone=True)
+            self.shard.threads(True)
         nats, count, byte_nats, num_bytes = self.shard.evaluate(self.cfg.data.val_tokens if last else self.cfg.eval.tokens)
         self.excused_s += time.monotonic() - began
         round_ = c["round"] if last else c["round"] + 1
