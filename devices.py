@@ -10,6 +10,7 @@ Neither counts DRAM, disks, fans or power supplies. Reading RAPL takes root, or 
 """
 
 import ctypes
+import os
 import re
 import sys
 import threading
@@ -47,14 +48,18 @@ PEAK_TFLOPS = {
     r"GeForce RTX 5090": (104.8, 209.5),  # RTX Blackwell architecture white paper, likewise
 }
 POWERCAP = Path("/sys/class/powercap")
+ISAS_WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")  # oneDNN's names
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 READ_EVERY_S = 30.0  # a RAPL counter wraps after 65 kJ or more: no package draws the 2.2 kW that would take
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether it does so in hardware: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX. AVX-512 alone does not."""
+    """Whether it does so in hardware: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX. AVX-512 alone does not, nor does a CPU that
+    ONEDNN_MAX_CPU_ISA holds to it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISAS_WITHOUT_BFLOAT16:
+        return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

@@ -128,7 +128,7 @@ class SquaredReLU(Function):
 
 class ShortAttention(Function):
     """Causal attention over (B, H, T, D) that keeps its probabilities, BLOCK queries at a time with the keys before them. Quicker than
-    PyTorch's where that has no kernel of its own, in bfloat16 on CPUs: three times at T = 256, most of it backward."""
+    PyTorch's where that has no kernel of its own, in bfloat16 on CPUs: more than twice at T = 256, most of it backward."""
 
     @staticmethod
     def forward(ctx, *qkv: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The demo's numbers, each against its bound: time, memory, loss, emissions, goodput, stall, and every time the same.
 
     python bench/demo.py [--once] [--json] [key=value ...]        (or: make bench-demo)
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE make bench-demo                as a processor without bfloat16 runs it
 
 Runs configs/demo.yaml by launch.py (three times, unless --once), samples the memory of all its processes (PSS) every
 five seconds, and reads everything else from the run's own files. Timing depends on the machine: the bounds are for 2 cores,
