@@ -500,7 +500,7 @@ class Link(Pump):
         super().__init__("link", context)
         self.address, self.heartbeat_s, self.dead_s = address, heartbeat_s, dead_s
         self.hello, self.status = hello, {}
-        self.welcomed = False
+        self.welcomed, self._parting = False, False
         self._greeted = 0.0
         self._moved: str | None = None
         self._lost_track = False
@@ -596,7 +596,7 @@ class Link(Pump):
 
     def _greet(self) -> None:
         """Say hello, with where we stand."""
-        if time.monotonic() - self._greeted > 0.2:
+        if time.monotonic() - self._greeted > 0.2 and not self._parting:
             self._greeted = time.monotonic()
             for box in list(self._replies.values()):  # what was asked before has no answer any more
                 box.put(({"error": "the connection to the coordinator was made anew"}, b""))
@@ -631,12 +631,17 @@ class Link(Pump):
                 lane, self._lane = self._lane, None  # the next request opens one to there
             if lane:
                 lane.abandon()
-        if self.welcomed and time.monotonic() - self._beat >= self.heartbeat_s:
+        if self.welcomed and not self._parting and time.monotonic() - self._beat >= self.heartbeat_s:
             self._beat = time.monotonic()
             self._send_now(pack({"type": "heartbeat"}))
 
-    def close(self) -> None:
+    def close(self, last_word: dict | None = None) -> None:
+        """Send what is queued and a last word, then close. Nothing comes after it: a heartbeat would be that of a stranger, who greets
+        when he is told so, and would be taken for one that has come back."""
         if not self._closing.is_set():
+            if last_word:
+                self._parting = True
+                self.send(last_word)
             self.socket.disable_monitor()
             if self._lane:
                 self._lane.close()

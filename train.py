@@ -170,26 +170,30 @@ class Site:
                  "config digest": config.train_digest(cfg), "corpus digest": self.shard.corpus.digest,
                  "tokenizer digest": self.shard.corpus.tokenizer_digest, "versions": config.versions(),
                  "device": str(self.shard.device), "ranks": self.shard.ranks.size}  # fmt: skip
-        reason, busy, address, keys = "nothing answers", False, None, config.run_dir(cfg) / "keys"
+        reason, busy, address, keys, link = "nothing answers", False, None, config.run_dir(cfg) / "keys", None
         while time.monotonic() < until:
-            address = self._address()
-            if address:
+            if link and link.address != self._address():
+                link = link.close()
+            if not link and (address := self._address()):
                 link = Link(address, keys, self.name, cfg.sync.heartbeat_s, cfg.sync.dead_s, hello)
-                try:
-                    header, _ = link.inbox.get(timeout=2.0)
-                except queue.Empty:
-                    header = {"type": "silence"}
-                if header["type"] == "welcome":
-                    link.welcomed = True
-                    self.link, self.panel = link, report.Panel(cfg, header["run_id"], self.name)
-                    return header["run_id"]
-                link.close()
-                if header["type"] == "refused" and not header.get("busy") and header.get("sure", True):
+            try:
+                header = link.inbox.get(timeout=2.0)[0] if link else {"type": "silence"}
+            except queue.Empty:  # a coordinator may take a while to make theta_0: it has heard us, and one hello is enough
+                header = {"type": "silence"}
+            if header["type"] == "welcome":
+                link.welcomed = True
+                self.link, self.panel = link, report.Panel(cfg, header["run_id"], self.name)
+                return header["run_id"]
+            if header["type"] == "refused":
+                link = link.close()
+                if not header.get("busy") and header.get("sure", True):
                     raise BadInput(f"site {self.name}: refused: {header['reason']}")
-                reason, busy = header.get("reason", reason), busy or bool(header.get("busy"))
+                reason, busy = header["reason"], busy or bool(header.get("busy"))
                 if busy:  # our predecessor may have died without a word: it counts as gone after dead_s
                     until = min(until, started + 2 * cfg.sync.dead_s)
             time.sleep(0.3)
+        if link:
+            link.close()
         where = address or config.run_dir(cfg) / "address"
         remedy = "stop the other process" if busy else "start `python coordinator.py CONFIG` there"
         raise BadInput(f"site {self.name}: no place in the run at {where} within {time.monotonic() - started:.0f} s: {reason}; {remedy}")
@@ -208,8 +212,7 @@ class Site:
             if self.replica:
                 self.replica.settle()
             last = self.energy() if self.shard.ranks.num_nodes == 1 else {}  # the others may be gone
-            self.link.send({"type": "bye", "reason": reason} | last)
-            self.link.close()
+            self.link.close({"type": "bye", "reason": reason} | last)
         if self.panel:
             self.panel.finish({})
         if code not in (config.EXIT_DONE, config.EXIT_BUDGET_LEFT):

@@ -87,6 +87,11 @@ def write_trace(path: Path, columns: dict[str, list[float]], step_s: int = 60) -
     path.write_text("\n".join(lines) + "\n")
 
 
+def records(path: Path) -> list[dict]:
+    """The lines of a .jsonl file that are there whole: who writes it may be in the middle of its last one."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
 class Runner:
     """A folder to run in: writes configs and traces there, starts our programs there, kills what is left."""
 
@@ -164,8 +169,7 @@ class Runner:
         return self.folder / "runs" / "tiny"
 
     def journal(self, run: str = "tiny") -> list[dict]:
-        path = self.folder / "runs" / run / "journal.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return records(self.folder / "runs" / run / "journal.jsonl")
 
     def summary(self, run: str = "tiny") -> dict:
         return json.loads((self.folder / "runs" / run / "summary.json").read_text())

@@ -9,7 +9,6 @@ torchrun and its workers are processes of their own; they start warm (warm.py), 
 wants `cold`: there torchrun is the command that a person types.
 """
 
-import json
 import math
 import random
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from conftest import CLEAN, DIRTY, ENV, REPO, Runner, processes_in
+from conftest import CLEAN, DIRTY, ENV, REPO, Runner, processes_in, records
 from safetensors import safe_open
 from warm import Warm
 
@@ -337,18 +336,15 @@ class Lab:
 
 
 def outcome(runner: Runner, shape: Shape) -> Outcome:
-    def lines(path: Path) -> list[dict]:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-
     folder = runner.run_dir
-    steps = [(name, r) for name in shape.names for r in lines(folder / f"{name}.jsonl")]
+    steps = [(name, r) for name in shape.names for r in records(folder / f"{name}.jsonl")]
     steps.sort(key=lambda step: (step[1]["t_s"], step[0]))
     losses = {(name, r["round"], r["batch"]): r["loss"] for name, r in steps}
     kept = {}
     for name in shape.names:
         with safe_open(max((folder / "sites" / name).glob("inner-*-0.safetensors")), framework="pt") as file:
             kept[name] = file.metadata()
-    held = {name: lines(folder / "sites" / name / "held.jsonl") for name in shape.names}
+    held = {name: records(folder / "sites" / name / "held.jsonl") for name in shape.names}
     return Outcome(runner.journal(), runner.summary(), losses, runner.theta(), held, kept, runner.said())
 
 

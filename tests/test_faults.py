@@ -5,7 +5,6 @@ The faults themselves are in faulty.py. Every test ends with the whole budget co
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import CLEAN, DIRTY, REPO, Runner, processes_in
+from conftest import CLEAN, DIRTY, REPO, Runner, processes_in, records
 from test_runs import until
 
 import coordinator
@@ -118,9 +117,8 @@ class Day:
 
     def steps(self, site: str) -> list[tuple[int, int]]:
         """(round, step of the round) of each step it has logged: the first, and every second."""
-        path, out = self.runner.run_dir / f"{site}.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            round_ = json.loads(line)["round"]
+        out = []
+        for round_ in (line["round"] for line in records(self.runner.run_dir / f"{site}.jsonl")):
             last = out[-1] if out else (-1, 0)
             out.append((round_, 1 if round_ != last[0] else last[1] // 2 * 2 + 2))
         return out

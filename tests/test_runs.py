@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import CLEAN, DIRTY, REPO, processes_in, write_trace
+from conftest import CLEAN, DIRTY, REPO, processes_in, records, write_trace
 
 import carbon
 import config
@@ -188,7 +188,7 @@ def test_wall_clock_replays_a_shortened_trace_in_real_seconds(runner):
         assert max(r.end_s for r in rows if r.site == site and r.state == "training") <= stop + 2.5
     assert runner.summary()["tokens"] > 0 and "tokens left" in runner.said()
     for site, price in (("a", -40.0), ("b", 70.0)):
-        steps = [json.loads(line) for line in (runner.run_dir / f"{site}.jsonl").read_text().splitlines()]
+        steps = records(runner.run_dir / f"{site}.jsonl")
         for part in (steps[0], steps[-1], runner.summary()["sites"][site]):
             assert part["cost"] == pytest.approx(price * part["energy_kwh"] / 1000, rel=0.01)
         assert {step["price_per_mwh"] for step in steps} == {price}

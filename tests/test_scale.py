@@ -2,7 +2,10 @@
 
 import resource
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import config
 import coordinator
 import journal
 import simulate
+import train
 from bench.clients import Crowd, FakeSite
 from traces import make_regions
 
@@ -193,6 +197,57 @@ def test_a_site_that_says_hello_again_and_again_waits_once_and_with_its_last_wor
         assert hub.inbox.qsize() == 1 and hub.hear(1.0)[2]["status"] == {"held": 49} and hub.hear(0.0) is None
         link.send(link.hello | {"status": {"held": 50}})
         assert hub.hear(10.0)[2]["status"] == {"held": 50}
+    finally:
+        link.close()
+        hub.close()
+
+
+def test_a_site_that_waits_for_its_answer_has_asked_once(runner):
+    """As at a coordinator that is making a large theta_0: a second hello would be that of another process, and the first one lost."""
+    cfg = runner.load([*runner.write({"a": {}}), "site=a"])
+    folder, corpus = config.run_dir(cfg), SimpleNamespace(digest="c", tokenizer_digest="t")
+    channel.make_keys(folder / "keys", ["a"])
+    hub = channel.Hub("127.0.0.1", 0, folder / "keys", ["a"], lambda *_: None, 1 << 20)
+    (folder / "address").write_text(hub.address)
+    site = train.Site.__new__(train.Site)
+    site.cfg, site.name = cfg, "a"
+    site.shard = SimpleNamespace(corpus=corpus, device="cpu", ranks=SimpleNamespace(size=1))
+    joined = ThreadPoolExecutor(1).submit(site._join)
+    try:
+        name, identity, hello, _ = hub.hear(10.0)
+        assert hub.hear(3.0) is None, "it only waits"
+        hub.admit(name, identity, hello["incarnation"])
+        hub.send(name, {"type": "welcome", "run_id": "r"})
+        assert joined.result(10) == "r"
+    finally:
+        hub.close()
+        if joined.done() and not joined.exception():
+            site.link.close()
+            site.panel.finish({})
+
+
+def test_nothing_is_heard_of_a_site_after_its_goodbye(tmp_path):
+    """However long it takes to close: a heartbeat would be a stranger's, whose greeting brings back a site that has left."""
+
+    class Slow:
+        def close(self) -> None:
+            time.sleep(0.6)
+
+    channel.make_keys(tmp_path, ["a"])
+    hub = channel.Hub("127.0.0.1", 0, tmp_path, ["a"], lambda *_: None, 1 << 20)
+    link = channel.Link(hub.address, tmp_path, "a", 0.01, 60.0, {"type": "hello", "site": "a", "incarnation": "x"})
+    try:
+        site, identity, _, _ = hub.hear(10.0)
+        hub.admit(site, identity, "x")
+        hub.send(site, {"type": "welcome", "run_id": "r"})
+        assert link.inbox.get(timeout=10)[0]["type"] == "welcome"
+        link.welcomed, link.status, link._lane = True, {"held": 3}, Slow()
+        closing = threading.Thread(target=link.close, args=[{"type": "bye", "reason": "test"}])
+        closing.start()
+        assert hub.hear(10.0)[2]["type"] == "bye"
+        hub.dismiss(site)
+        closing.join(10)
+        assert not closing.is_alive() and hub.hear(0.2) is None
     finally:
         link.close()
         hub.close()
