@@ -12,6 +12,7 @@ rendezvous, store and environment; only that it forks its workers, which it othe
 
 import atexit
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -183,6 +184,8 @@ if __name__ == "__main__":
     for module in sys.argv[2:]:
         importlib.import_module(module)
     assert threading.active_count() == 1
+    gc.collect()
+    gc.freeze()  # a child that ends would look at all of torch's objects, and copy the pages they are on
     job = serve(socket.socket(fileno=int(sys.argv[1])))
     become(job)
     program, *rest = job["argv"]
