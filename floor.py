@@ -29,11 +29,15 @@ def lp(cfg, traces: dict[str, Trace], hours: float, deadline_s: float) -> float 
 
     specs = list(cfg.sites.values())
     highest = max(spec.train_kw * float(traces[spec.region].values.max()) for spec in specs)
-    bins, scale = 1024, 1023 / highest if highest else 0.0
+    bins = 1024
+
+    def bin_of(rate: np.ndarray) -> np.ndarray:
+        return (rate / (highest or 1.0) * (bins - 1)).astype(int)
+
     seconds, cost = np.zeros(bins), np.zeros(bins)
     for spec in specs:
         rate, width = moments(spec)
-        at = (rate * scale).astype(int)
+        at = bin_of(rate)
         seconds += np.bincount(at, width, bins)
         cost += np.bincount(at, rate * width, bins)
     filled = np.cumsum(seconds)
@@ -41,7 +45,7 @@ def lp(cfg, traces: dict[str, Trace], hours: float, deadline_s: float) -> float 
         return None
     marginal = min(int(np.searchsorted(filled, need)), bins - 1)
     left = need - (filled[marginal - 1] if marginal else 0.0)
-    pairs = [(rate[at == marginal], width[at == marginal]) for rate, width in map(moments, specs) for at in [(rate * scale).astype(int)]]
+    pairs = [(rate[at == marginal], width[at == marginal]) for rate, width in map(moments, specs) for at in [bin_of(rate)]]
     rate, width = np.concatenate([r for r, _ in pairs]), np.concatenate([w for _, w in pairs])
     order = np.argsort(rate, kind="stable")
     rate, width = rate[order], width[order]

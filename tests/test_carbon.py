@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from conftest import REPO, examples
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -164,6 +164,7 @@ values = st.lists(st.floats(0, 900), min_size=6, max_size=6)
 
 @examples(40)
 @given(values, values, st.integers(1, 10), st.floats(0, 900))
+@example([1.1125369292536007e-308, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0] * 6, 1, 0.0)  # 1,023 divided by so little is infinite
 def test_the_floor_is_what_brute_force_finds(a, b, k, provision_s):
     """Two sites, six quarter-hours: every pair of on/off patterns whose windows last at least 30 minutes."""
     cfg = OmegaConf.create({
