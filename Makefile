@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 FULL := ours paper paper_two_site paper_centralized
 MINI := mini_ours mini_paper mini_two_site mini_centralized
-CLOCKLESS := $(addprefix tests/test_,rounds.py paper.py interop.py model.py ranks.py shapes.py)
+CLOCKLESS := $(addprefix tests/test_,rounds.py paper.py interop.py model.py ranks.py shapes.py cuda.py)
 
 $(READY): requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

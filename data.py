@@ -435,6 +435,14 @@ def tokenizer_path(cfg) -> Path | None:
                    "tokenizer.json")  # fmt: skip
 
 
+def vocabulary(cfg) -> int:
+    """The model's, or the tokenizer's, known from its file, or from its name as long as it is not made."""
+    if cfg.model.vocab:
+        return cfg.model.vocab
+    path, named = tokenizer_path(cfg), re.fullmatch(r"bpe-(\d+)", cfg.data.tokenizer)
+    return int(named[1]) if named and not path.exists() else open_tokenizer(path).vocab
+
+
 def open_tokenizer(path: Path | None) -> Bytes | BPE:
     return Bytes() if path is None else BPE(path)
 

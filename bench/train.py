@@ -14,7 +14,6 @@ of the whole step. Memory: CUDA's own peak, or on a CPU how much the process gre
 """
 
 import json
-import re
 import resource
 import subprocess
 import sys
@@ -52,6 +51,8 @@ def main(argv: list[str]) -> int:
     name = cfg.site or next(iter(cfg.sites))
     spec = cfg.sites[name]
     try:
+        from data import vocabulary  # not in the environment of `beside`
+
         shape = shape_of(cfg.model, vocabulary(cfg))
     except ValueError as error:
         raise BadInput(str(error)) from None
@@ -69,16 +70,6 @@ def main(argv: list[str]) -> int:
     if args.count or ranks.rank == 0:
         print(json.dumps(out) if args.json else table(out), flush=True)
     return 0
-
-
-def vocabulary(cfg) -> int:
-    """The tokenizer's, known from its name or, of a tokenizer that exists, from its file."""
-    from data import open_tokenizer, tokenizer_path
-
-    if cfg.model.vocab:
-        return cfg.model.vocab
-    path, named = tokenizer_path(cfg), re.fullmatch(r"bpe-(\d+)", cfg.data.tokenizer)
-    return int(named[1]) if named and not path.exists() else open_tokenizer(path).vocab
 
 
 def count(shape: Shape) -> dict:

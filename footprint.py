@@ -1,0 +1,177 @@
+"""What a step takes of a GPU's memory, computed on a machine that has none.
+
+    python footprint.py CONFIG [key=value ...]        of the first site, or site=NAME: by category, and the largest device_batch
+                                                      that fits GPUs of 40, 80 and 141 GB; --json for programs
+    python footprint.py configs/d20.yaml sites.california.ranks=8 sites.california.parallel=fsdp
+
+It is the site's own step on tensors without data (fake_cuda.py), watched by torch's MemTracker: at most two pieces of device_batch rows,
+for the gradients are there from the second on, then the optimizers, twice. The peak is in bytes of tensors that live at once, each
+rounded up to 512 as CUDA's allocator does. It leaves out what is no tensor of ours: CUDA's context and libraries and what the
+allocator holds in pieces too small (RESERVE). A compiled block is traced and cut as inductor does it, but not fused: what it makes
+on the way is counted as an upper bound, what it keeps for its backward pass as it is. For a site on CPUs it is the CPU's memory.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import fake_cuda
+
+GPUS_GB = (40, 80, 141)  # A100, H100, H200; GB of 10^9 bytes
+RESERVE = 3e9  # bytes of a GPU: CUDA's context, cuBLAS' and NCCL's buffers, fragments; an estimate
+KINDS = ("parameters", "gradients", "optimizer", "activations", "loss", "temporary")
+
+
+def main(argv: list[str]) -> int:
+    try:
+        fake_cuda.pretend()  # before anything imports torch
+    except fake_cuda.Unavailable as error:
+        print(f"footprint.py: {error}", file=sys.stderr)
+        return 2
+    import config
+
+    config.command(run, parses=True)
+    return 0
+
+
+def run(argv: list[str]) -> int:
+    import config
+
+    parser = config.Parser()
+    parser.add_argument("config", nargs="+", help="CONFIG [key=value ...]")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_intermixed_args(argv)
+    out = compute(config.load(args.config))
+    print(json.dumps(out) if args.json else table(out), flush=True)
+    return 0
+
+
+def of(argv: list[str]) -> dict:
+    """`compute` of a CONFIG [key=value ...], in a process of its own. Raises BadInput with what that has to say."""
+    from config import BadInput
+
+    done = subprocess.run([sys.executable, __file__, *argv, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        raise BadInput((done.stderr.strip().splitlines() or ["footprint.py failed"])[-1].partition(": ")[2])
+    return json.loads(done.stdout)
+
+
+def compute(cfg) -> dict:
+    """Bytes by kind at the peak of a step with the site's device_batch, and the largest device_batch that fits each of GPUS_GB."""
+    from config import num_ranks
+    from data import vocabulary
+    from model import CPU_CHUNK, GPU_CHUNK, shape_of
+
+    name = cfg.site or next(iter(cfg.sites))
+    spec, shape = cfg.sites[name], shape_of(cfg.model, vocabulary(cfg))
+    ranks, on_gpu = num_ranks(spec), spec.device != "cpu"
+    rows = cfg.data.tokens_per_step // shape.seq_len // ranks
+    own, peaks = min(spec.device_batch, rows), {}
+
+    def peak(batch: int) -> dict[str, int]:
+        if batch not in peaks:
+            peaks[batch] = measure(cfg, spec, shape, batch, pieces=1 if batch == rows else 2)
+        return peaks[batch]
+
+    # Beyond so many rows the loss has no more in hand, and all else grows with them.
+    low = min(rows, -(-(GPU_CHUNK if on_gpu else CPU_CHUNK) // shape.vocab // shape.seq_len))
+    high = min(2 * low, rows - 1)
+    per_row = (total(peak(high)) - total(peak(low))) / (high - low) if high > low else 0.0
+
+    def needs(batch: int) -> float:
+        return total(peak(low)) + per_row * (batch - low) if low < batch < rows else total(peak(batch))
+
+    def largest(gpu_gb: int) -> int | None:
+        divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
+        return next((n for n in divisors if needs(n) + RESERVE <= 1e9 * gpu_gb), None)
+
+    return {
+        "site": name, "device": spec.device, "ranks": ranks, "parallel": spec.parallel if ranks > 1 else None, "rows": rows,
+        "device_batch": own, "bytes": peak(own), "peak_bytes": total(peak(own)), "bytes_per_row": per_row,
+        "fits": {gpu_gb: largest(gpu_gb) for gpu_gb in GPUS_GB} if on_gpu else {},
+    }  # fmt: skip
+
+
+def total(peak: dict[str, int]) -> int:
+    return sum(peak.values())
+
+
+def measure(cfg, spec, shape, batch: int, pieces: int) -> dict[str, int]:
+    """Bytes by kind at the peak of a step in `pieces` of `batch` rows."""
+    import torch
+
+    from config import num_ranks
+    from model import GPT
+    from optim import Inner, schedule
+    from parallel import Held, Ranks, local
+
+    ranks, device = num_ranks(spec), "cpu" if spec.device == "cpu" else "cuda"
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": min(ranks, fake_cuda.NUM_GPUS)}
+    os.environ.update({k: str(v) for k, v in place.items()})
+    with fake_cuda.Machine(ranks):
+        held = Held(GPT(shape), Ranks(device, ranks), spec.parallel, cfg.model.dtype, cfg.model.compile, spec.checkpointing)
+        inner = Inner(held.model, cfg.optim, held.ranks)
+        tracker = fake_cuda.tracker()
+        muon = inner.muon  # or None, or SharedMuon: a Muon of stand-ins
+        stand_ins = getattr(muon, "mine", [])
+        tracker.track_external(held.model, inner.adam, getattr(muon, "muon", muon), *stand_ins)
+        peak = Peak(tracker, held)
+        with tracker:
+            for _ in range(2):
+                inner.set(schedule(0, cfg.budget.tokens, cfg.data.tokens_per_step, cfg.optim))
+                for _ in range(pieces):
+                    ids = torch.zeros(batch, shape.seq_len, dtype=torch.long, device=held.ranks.device)
+                    held.gradient(ids, ids, batch)
+                gradients = sum(local(p.grad).untyped_storage().nbytes() for p in held.model.parameters())
+                inner.step()
+                inner.zero_grad()
+        return peak.by_kind(gradients if pieces > 1 else 0)
+
+
+class Peak:
+    """A tracker's peak, taken apart. What the loss has in hand is what is alive in the head beyond what was when it was entered."""
+
+    def __init__(self, tracker, held):
+        self.tracker, self.device = tracker, held.ranks.device
+        self.before, self.in_head = 0, 0  # Activation at its entry, and the peak that was reached there
+        head, forward = held.model.head, held.model.head.forward
+
+        def watched(*args, **kwargs):
+            before, peak = self.of("current")["Activation"], self.of("peak")["Total"]
+            out = forward(*args, **kwargs)
+            if self.of("peak")["Total"] > peak:
+                self.before, self.in_head = before, self.of("peak")["Total"]
+            return out
+
+        head.forward = watched
+
+    def of(self, which: str) -> dict[str, int]:
+        snapshot = self.tracker.get_tracker_snapshot(which).get(self.device, {})
+        kinds = ("Parameter", "Buffer", "Gradient", "Activation", "Temp", "Optstate", "Other", "Total")
+        return {kind: snapshot.get(kind, 0) for kind in kinds}
+
+    def by_kind(self, gradients: int) -> dict[str, int]:
+        """gradients: bytes of those that are there from the second piece on; the tracker takes them for temporary."""
+        at = self.of("peak")
+        loss = at["Activation"] - self.before if self.in_head == at["Total"] else 0
+        found = at["Gradient"] + at["Temp"]
+        values = (at["Parameter"] + at["Buffer"], min(gradients, found), at["Optstate"] + at["Other"], at["Activation"] - loss, loss,
+                  found - min(gradients, found))  # fmt: skip
+        return dict(zip(KINDS, values))
+
+
+def table(out: dict) -> str:
+    gb = {kind: f"{count / 1e9:.2f} GB" for kind, count in out["bytes"].items()}
+    shape = f"{out['ranks']} x {out['device']}" + (f", {out['parallel']}" if out["parallel"] else "")
+    lines = [("site", f"{out['site']}: {shape}, {out['device_batch']} of a rank's {out['rows']} rows at a time")]
+    lines += gb.items()
+    lines += [("peak", f"{out['peak_bytes'] / 1e9:.2f} GB a rank"), ("a row more", f"{out['bytes_per_row'] / 1e9:.2f} GB")]
+    for gpu_gb, rows in out["fits"].items():
+        what = f"device_batch {rows}" if rows else "nothing fits: take parallel=fsdp, checkpointing=true, or more ranks"
+        lines.append((f"{gpu_gb} GB", f"{what}, with {RESERVE / 1e9:g} GB left for CUDA itself"))
+    return "\n".join(f"{what:18} {value}" for what, value in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
