@@ -1,8 +1,9 @@
 """What a step takes of a GPU's memory, computed on a machine that has none.
 
-    python footprint.py CONFIG [key=value ...]        of the first site, or site=NAME: by category, and the largest device_batch
-                                                      that fits GPUs of 40, 80 and 141 GB; --json for programs
-    python footprint.py configs/d20.yaml sites.california.ranks=8 sites.california.parallel=fsdp
+    python footprint.py configs/d20.yaml                                  of the first site, or site=NAME: bytes by kind, and
+                                                                          the largest device_batch for 40, 80 and 141 GB
+    python footprint.py configs/d20.yaml sites.california.ranks=8         ... with other settings
+    python footprint.py configs/d26.yaml site=texas --json                ... for programs
 
 It is the site's own step on tensors without data (fake_cuda.py), watched by torch's MemTracker: at most two pieces of device_batch rows,
 for the gradients are there from the second on, then the optimizers, twice. The peak is in bytes of tensors that live at once, each
@@ -74,8 +75,8 @@ def compute(cfg) -> dict:
             peaks[batch] = measure(cfg, spec, shape, batch, pieces=1 if batch == rows else 2)
         return peaks[batch]
 
-    # Beyond so many rows the loss has no more in hand, and all else grows with them.
-    low = min(rows, -(-(GPU_CHUNK if on_gpu else CPU_CHUNK) // shape.vocab // shape.seq_len))
+    # From its second chunk on the loss has no more in hand, and all else grows with the rows.
+    low = min(rows, -(-2 * (GPU_CHUNK if on_gpu else CPU_CHUNK) // shape.vocab // shape.seq_len))
     high = min(2 * low, rows - 1)
     per_row = (total(peak(high)) - total(peak(low))) / (high - low) if high > low else 0.0
 

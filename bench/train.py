@@ -2,6 +2,7 @@
 
     python bench/train.py CONFIG [key=value ...]                  of the first site, or site=NAME; --json for programs
     python bench/train.py CONFIG --count                          parameters and FLOPs only, at once, for any size
+    python bench/train.py CONFIG --memory                         computed without a GPU: peak by kind, the largest device_batch
     torchrun --nproc_per_node=8 bench/train.py CONFIG             several ranks, DDP or FSDP2 as the site says
     python bench/train.py CONFIG --transformers                   beside transformers' NanoChatForCausalLM
 
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
     parser = Parser()
     parser.add_argument("config", nargs="+", help="CONFIG [key=value ...]")
     parser.add_argument("--count", action="store_true", help="measure nothing")
+    parser.add_argument("--memory", action="store_true", help="compute it (footprint.py); measure nothing")
     parser.add_argument("--transformers", action="store_true", help="beside NanoChatForCausalLM")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--steps", type=int, default=10)
@@ -48,6 +50,12 @@ def main(argv: list[str]) -> int:
     if args.steps < 2:
         raise BadInput(f"--steps {args.steps} must be >= 2")
     cfg = config.load(args.config)
+    if args.memory:
+        import footprint
+
+        out = footprint.of(args.config)
+        print(json.dumps(out) if args.json else footprint.table(out), flush=True)
+        return 0
     name = cfg.site or next(iter(cfg.sites))
     spec = cfg.sites[name]
     try:

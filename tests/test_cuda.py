@@ -4,6 +4,7 @@ Numbers, speed and kernels need a GPU; devices, types, shapes, collectives, sync
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,14 @@ import sys
 import pytest
 import torch
 from conftest import ENV, REPO
+from torch.profiler import ProfilerActivity, profile
+
+import config
+import footprint
+from data import vocabulary
+from model import GPT, shape_of
+from optim import Inner, schedule
+from parallel import Held, Ranks
 
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="a CPU-only torch takes CUDA for there with what c++ builds: install g++")
 ROWS = 16
@@ -60,7 +69,8 @@ def test_a_site_works_on_gpus_and_no_step_waits_for_them(runner, depth, ranks, p
     assert sum(n for place, n in seen["evaluate"].items() if place.endswith("to the CPU")) == batches, "one result of each batch"
 
 
-@pytest.mark.parametrize("spoil, place", [("item", "_local_scalar_dense"), pytest.param("copy", "copy from the CPU", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("spoil, place", [("item", "_local_scalar_dense"), ("copy", "copy from the CPU")])
 def test_a_wait_inside_a_step_is_seen(runner, spoil, place):
     assert [n for what, n in waits(on_gpu(runner, spoil=spoil))["step"].items() if what.endswith(place)] == [4]
 
@@ -69,3 +79,72 @@ def test_a_wait_inside_a_step_is_seen(runner, spoil, place):
 def test_two_devices_in_one_operation_are_refused(runner):
     done = on_gpu(runner, spoil="device")
     assert done.returncode == 1 and "found at least two devices, cuda:0 and cpu" in done.stderr
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_step_on_a_cpu_is_what_a_real_one_takes():
+    """Within 10 %: the allocator's own account, of a real step of d4, against the sum over tensors without data."""
+    config_ = str(REPO / "configs" / "d4_cpu.yaml")
+    computed, cfg = footprint.of([config_]), config.load([config_])
+    spec, shape = next(iter(cfg.sites.values())), shape_of(cfg.model, vocabulary(cfg))
+    rows = cfg.data.tokens_per_step // shape.seq_len
+    assert (computed["rows"], computed["device_batch"]) == (rows, min(rows, spec.device_batch))
+    ids = torch.randint(shape.vocab, (rows, shape.seq_len))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as taken:
+        held = Held(GPT(shape).init_weights(1), Ranks("cpu", rows), dtype=cfg.model.dtype)
+        inner = Inner(held.model, cfg.optim, held.ranks)
+        for _ in range(2):
+            inner.set(schedule(0, cfg.budget.tokens, cfg.data.tokens_per_step, cfg.optim))
+            held.gradient(ids, ids, spec.device_batch)
+            inner.step()
+            inner.zero_grad()
+    changes = [e for e in taken.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = most = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        live += change.nbytes()
+        most = max(most, live)
+    assert abs(computed["peak_bytes"] / most - 1) < 0.1
+
+
+def memory(*argv: str) -> tuple[dict, int]:
+    """What footprint.py says, and the bytes it took itself."""
+    with subprocess.Popen([sys.executable, str(REPO / "footprint.py"), *argv, "--json"], env=ENV, stdout=subprocess.PIPE) as process:
+        out = json.loads(process.stdout.read())
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return out, 1024 * usage.ru_maxrss
+
+
+@pytest.mark.slow
+def test_a_row_more_takes_the_same_again(runner):
+    """So that the largest device_batch that fits need not be tried."""
+    model = {"depth": 2, "width": 128, "heads": 1, "kv_heads": 1, "seq_len": 2048, "vocab": 65536, "dtype": "bfloat16"}
+    argv = runner.write({"a": {"device": "cuda"}}, model=model, budget={"tokens": 2**19}, rounds={"train_s": 10**6},
+                        data={"tokens_per_step": 2**15})  # fmt: skip
+    by_batch = {n: memory(*argv, f"sites.a.device_batch={n}")[0] for n in (4, 8, 12, 15)}
+    per_row = by_batch[4]["bytes_per_row"]
+    for n in (8, 12, 15):
+        assert by_batch[n]["peak_bytes"] == pytest.approx(by_batch[8]["peak_bytes"] + per_row * (n - 8), rel=0.001)
+    assert by_batch[12]["bytes"]["loss"] == pytest.approx(by_batch[8]["bytes"]["loss"], rel=1e-3), "chunks, however many rows"
+
+
+@pytest.mark.slow
+def test_d20_on_eight_gpus_is_computed_in_little_memory(runner):
+    eight = ["sites.california.ranks=8", "sites.california.parallel=fsdp"]
+    (out, taken), (alone, _) = (
+        memory(str(REPO / "configs/d20.yaml"), *eight),
+        memory(str(REPO / "configs/d20.yaml"), "sites.california.ranks=1"),
+    )
+    assert taken < 4 * 2**30
+    kinds, whole = out["bytes"], alone["bytes"]
+    assert whole["parameters"] == whole["gradients"] + 2048 * 128 * 4 * 2, "and the tables of rotary embeddings"
+    assert kinds["parameters"] == pytest.approx(whole["parameters"] / 8, rel=0.01) and sum(kinds.values()) == out["peak_bytes"]
+    assert alone["fits"]["40"] < alone["fits"]["80"] < alone["fits"]["141"]
+
+
+def test_what_it_has_to_say_is_one_line():
+    with pytest.raises(config.BadInput, match=r"^config 'nowhere.yaml' does not exist"):
+        footprint.of(["nowhere.yaml"])
