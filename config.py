@@ -222,7 +222,7 @@ class Site:
     provision_s: float = 0.0  # from a window's opening until the machine is there, at idle power
     startup_s: float = 0.0  # from there until it trains, at idle power
     device: str = "cpu"  # cpu | cuda (each rank the GPU of its local rank) | cuda:N
-    device_batch: int = 8  # rows per rank and forward pass
+    device_batch: Any = 8  # rows per rank and forward pass | auto: the most that the GPU has memory for, computed (footprint.py)
     ranks: int | None = None  # of all its nodes; null: as many as torchrun starts, and launch.py and jobs start one
     parallel: str = "ddp"  # how ranks share the model: ddp: each holds all of it | fsdp: each holds 1/N (FSDP2)
     checkpointing: bool = False  # recompute a block's activations in the backward pass: less memory, a third more time
@@ -453,7 +453,8 @@ def _check(cfg: Config) -> None:
     for name, site in cfg.sites.items():
         if not name.replace("_", "").isalnum():
             raise BadInput(f"site name {name!r} must be letters, digits and underscores")
-        for key in ("tokens_per_s", "train_kw", "device_batch", "ranks", "threads_local", "threads_federated"):
+        _check_device_batch(name, site)
+        for key in ("tokens_per_s", "train_kw", "ranks", "threads_local", "threads_federated"):
             if site[key] is not None and site[key] <= 0:
                 raise BadInput(f"sites.{name}.{key}={site[key]} must be > 0")
         for key, allowed in (("parallel", ("ddp", "fsdp")), ("energy", ("auto", "model"))):
@@ -569,6 +570,14 @@ def provision_of(cfg: Config, site: str) -> Provision:
     except OmegaConfBaseException as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"sites.{site}.provision: {reason}; its keys are those of `provision`, listed in config.py") from None
+
+
+def _check_device_batch(name: str, site: Site) -> None:
+    rows = site.device_batch
+    if rows == "auto" and site.device == "cpu":
+        raise BadInput(f"sites.{name}.device_batch=auto is for device=cuda; say how many rows a CPU is to take at once, e.g. 8")
+    if rows != "auto" and (not isinstance(rows, int) or isinstance(rows, bool) or rows <= 0):
+        raise BadInput(f"sites.{name}.device_batch={rows} must be a number of rows > 0, or auto")
 
 
 def _check_provision(p: Provision, where: str) -> None:

@@ -16,6 +16,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import fake_cuda
 
@@ -41,25 +43,44 @@ def run(argv: list[str]) -> int:
 
     parser = config.Parser()
     parser.add_argument("config", nargs="+", help="CONFIG [key=value ...]")
+    parser.add_argument("--gpu-gb", type=float, help="of this GPU instead of 40, 80 and 141 GB")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_intermixed_args(argv)
-    out = compute(config.load(args.config))
+    out = compute(config.load(args.config), GPUS_GB if args.gpu_gb is None else (args.gpu_gb,))
     print(json.dumps(out) if args.json else table(out), flush=True)
     return 0
 
 
-def of(argv: list[str]) -> dict:
+def of(argv: list[str], gpu_gb: float | None = None) -> dict:
     """`compute` of a CONFIG [key=value ...], in a process of its own. Raises BadInput with what that has to say."""
     from config import BadInput
 
-    done = subprocess.run([sys.executable, __file__, *argv, "--json"], capture_output=True, text=True)
+    more = [] if gpu_gb is None else ["--gpu-gb", repr(gpu_gb)]
+    done = subprocess.run([sys.executable, __file__, *argv, "--json", *more], capture_output=True, text=True)
     if done.returncode:
         raise BadInput((done.stderr.strip().splitlines() or ["footprint.py failed"])[-1].partition(": ")[2])
     return json.loads(done.stdout)
 
 
-def compute(cfg) -> dict:
-    """Bytes by kind at the peak of a step with the site's device_batch, and the largest device_batch that fits each of GPUS_GB."""
+def largest_batch(cfg, gpu_bytes: int) -> int:
+    """The largest device_batch with which a step of cfg.site fits a GPU of so many bytes, CUDA's own share included; it divides the
+    rows of a rank. Raises BadInput."""
+    from config import BadInput, plain
+
+    gpu_gb = gpu_bytes / 1e9
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(json.dumps(plain(cfg)))  # JSON is YAML
+        rows = of([str(path)], gpu_gb)["fits"][repr(gpu_gb)]
+    if rows is None:
+        raise BadInput(f"sites.{cfg.site}.device_batch=auto: not one row fits a GPU of {gpu_gb:.1f} GB; take more ranks with "
+                       "parallel=fsdp, or checkpointing=true")  # fmt: skip
+    return rows
+
+
+def compute(cfg, gpus_gb: tuple[float, ...] = GPUS_GB) -> dict:
+    """Bytes by kind at the peak of a step with the site's device_batch (for auto: what fits the largest GPU, or 1), and the largest
+    device_batch that fits GPUs of so many GB."""
     from config import num_ranks
     from data import vocabulary
     from model import CPU_CHUNK, GPU_CHUNK, shape_of
@@ -68,7 +89,7 @@ def compute(cfg) -> dict:
     spec, shape = cfg.sites[name], shape_of(cfg.model, vocabulary(cfg))
     ranks, on_gpu = num_ranks(spec), spec.device != "cpu"
     rows = cfg.data.tokens_per_step // shape.seq_len // ranks
-    own, peaks = min(spec.device_batch, rows), {}
+    peaks = {}
 
     def peak(batch: int) -> dict[str, int]:
         if batch not in peaks:
@@ -83,14 +104,16 @@ def compute(cfg) -> dict:
     def needs(batch: int) -> float:
         return total(peak(low)) + per_row * (batch - low) if low < batch < rows else total(peak(batch))
 
-    def largest(gpu_gb: int) -> int | None:
+    def largest(gpu_gb: float) -> int | None:
         divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
         return next((n for n in divisors if needs(n) + RESERVE <= 1e9 * gpu_gb), None)
 
+    fits = {gpu_gb: largest(gpu_gb) for gpu_gb in gpus_gb} if on_gpu else {}
+    own = max(fits.values(), key=lambda n: n or 0) or 1 if spec.device_batch == "auto" else min(spec.device_batch, rows)
     return {
         "site": name, "device": spec.device, "ranks": ranks, "parallel": spec.parallel if ranks > 1 else None, "rows": rows,
         "device_batch": own, "bytes": peak(own), "peak_bytes": total(peak(own)), "bytes_per_row": per_row,
-        "fits": {gpu_gb: largest(gpu_gb) for gpu_gb in GPUS_GB} if on_gpu else {},
+        "fits": fits,
     }  # fmt: skip
 
 

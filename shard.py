@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import config
+import footprint
 import sync
 from config import BadInput
 from data import Corpus, Feed
@@ -70,6 +71,7 @@ class Shard:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.rows = self.corpus.rows // self.ranks.size  # of a batch, at each rank
+        self.device_batch = self._device_batch()
         self.feed = Feed(self.corpus, self.ranks.rank, self.ranks.size, self.device)
         self.meter = node_meter(self.ranks, "model" if virtual else self.spec.energy)
         self.measured = self.ranks.all(self.meter is None or self.meter.method != "model")
@@ -81,6 +83,17 @@ class Shard:
         self._copied: list[Tensor] = []
         self._asked_to_leave = False
         self._saving: threading.Thread | None = None
+
+    def _device_batch(self) -> int:
+        """Rows of a forward pass, the same at all ranks: `auto` is what rank 0's GPU has memory for. Raises BadInput."""
+        if self.spec.device_batch != "auto":
+            return self.spec.device_batch
+        if self.ranks.rank:
+            return self.ranks.hear()
+        rows = footprint.largest_batch(self.cfg, torch.cuda.get_device_properties(self.device).total_memory)
+        print(f"{self.cfg.site:15} | device_batch {rows}: the most that this GPU has memory for", flush=True)
+        self.ranks.tell(rows)
+        return rows
 
     # -- who says what ------------------------------------------------------------------------------------------------
 
@@ -180,7 +193,7 @@ class Shard:
         ids, targets = self.feed.take(batch_id, likely_next, len(parts))
         for first, stop, *point in parts:
             self.inner.set(Point(*point))
-            loss = self.held.gradient(ids[first:stop], targets[first:stop], self.spec.device_batch)
+            loss = self.held.gradient(ids[first:stop], targets[first:stop], self.device_batch)
             self.inner.step()
             self.inner.zero_grad()
             total += loss * ((stop - first) / self.rows)
@@ -191,7 +204,7 @@ class Shard:
     def evaluate(self, tokens: int) -> list[float]:
         """Sums over so many validation tokens, each rank a share of them: nats, tokens; nats of tokens that are text, their bytes."""
         sums = [0.0] * 4
-        for counts, (ids, targets) in self.corpus.validation(tokens, self.spec.device_batch, self.ranks.rank, self.ranks.size):
+        for counts, (ids, targets) in self.corpus.validation(tokens, self.device_batch, self.ranks.rank, self.ranks.size):
             with self.held.autocast():
                 losses = self.held.model(ids.to(self.device), targets.to(self.device), reduction="none")
             if counts:  # under FSDP a rank that has no more rows goes on with the others

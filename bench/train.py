@@ -28,6 +28,7 @@ sys.path[0] = str(REPO)  # not bench/: `train` and `sync` are those at the top
 import torch  # noqa: E402
 
 import config  # noqa: E402
+import footprint  # noqa: E402
 from config import BadInput, Parser  # noqa: E402
 from model import GPT, NORM_EPS, Shape, compile_, flops_per_token, num_params, shape_of  # noqa: E402
 
@@ -51,8 +52,6 @@ def main(argv: list[str]) -> int:
         raise BadInput(f"--steps {args.steps} must be >= 2")
     cfg = config.load(args.config)
     if args.memory:
-        import footprint
-
         out = footprint.of(args.config)
         print(json.dumps(out) if args.json else footprint.table(out), flush=True)
         return 0
@@ -64,6 +63,8 @@ def main(argv: list[str]) -> int:
         shape = shape_of(cfg.model, vocabulary(cfg))
     except ValueError as error:
         raise BadInput(str(error)) from None
+    if args.transformers and spec.device_batch == "auto":
+        raise BadInput(f"sites.{name}.device_batch=auto: beside transformers, say how many rows")
     out = {"site": name, "tokens_per_step": cfg.data.tokens_per_step} | count(shape)
     if not args.count:
         from parallel import Ranks  # which the environment of `beside` cannot import
@@ -100,6 +101,9 @@ def measure(cfg, spec, shape: Shape, steps: int, ranks) -> dict:
     from parallel import Held
 
     corpus, tokens = Corpus(cfg) if read_meta(tokens_dir(cfg)) else None, cfg.data.tokens_per_step
+    device_batch = spec.device_batch
+    if device_batch == "auto":
+        device_batch = footprint.largest_batch(cfg, torch.cuda.get_device_properties(ranks.device).total_memory)
     rows, before_bytes = tokens // shape.seq_len // ranks.size, grown_to_bytes()
     model = GPT(shape).init_weights(cfg.seed)
     held = Held(model, ranks, spec.parallel, cfg.model.dtype, cfg.model.compile, spec.checkpointing)
@@ -111,7 +115,7 @@ def measure(cfg, spec, shape: Shape, steps: int, ranks) -> dict:
         ids, targets = corpus.batch(i, ranks.rank * rows, rows) if corpus else random_batch(rows, shape)
         ids, targets = ids.to(ranks.device), targets.to(ranks.device)
         start_s = now_s(ranks.device)
-        held.gradient(ids, targets, spec.device_batch)
+        held.gradient(ids, targets, device_batch)
         gradient_s.append(now_s(ranks.device) - start_s)
         inner.step()
         inner.zero_grad()
@@ -123,7 +127,7 @@ def measure(cfg, spec, shape: Shape, steps: int, ranks) -> dict:
     out = {
         "ranks": ranks.size, "parallel": spec.parallel if ranks.size > 1 else None,
         "device": torch.cuda.get_device_name(ranks.device) if cuda else "cpu", "dtype": dtype,
-        "device_batch": spec.device_batch, "checkpointing": spec.checkpointing, "compile": cfg.model.compile,
+        "device_batch": device_batch, "checkpointing": spec.checkpointing, "compile": cfg.model.compile,
         "first_step_s": step_s[0], "gradient_tokens_per_s": tokens / median(gradient_s[1:]), "tokens_per_s": rate,
         "tokens_per_processor_s": tokens * steps / processor_s,
         "mfu": flops_per_token(shape) * rate / (peak * ranks.size) if peak else None,

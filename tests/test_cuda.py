@@ -132,6 +132,26 @@ def test_a_row_more_takes_the_same_again(runner):
 
 
 @pytest.mark.slow
+def test_device_batch_auto_is_what_fits(runner):
+    """A site asks for the memory of its own GPU; one in which not a row fits is told what would help."""
+    model = {"depth": 2, "width": 128, "heads": 1, "kv_heads": 1, "seq_len": 2048, "vocab": 65536, "dtype": "bfloat16"}
+    argv = runner.write({"a": {"device": "cuda", "device_batch": "auto"}}, model=model, budget={"tokens": 2**19},
+                        rounds={"train_s": 10**6}, data={"tokens_per_step": 2**15})  # fmt: skip
+    cfg, asked = config.load([*argv, "site=a"]), footprint.of([*argv, "sites.a.device_batch=2"])
+    enough = asked["peak_bytes"] + footprint.RESERVE
+    assert footprint.largest_batch(cfg, int(enough) + 1) == 2 and footprint.largest_batch(cfg, int(enough) - 1) == 1
+    with pytest.raises(config.BadInput, match=r"sites.a.device_batch=auto: not one row fits a GPU of 4.0 GB; take more ranks"):
+        footprint.largest_batch(cfg, 4 * 10**9)
+
+
+@pytest.mark.parametrize("said", ["0", "some", "1.5", "true", "auto"])
+def test_a_device_batch_that_is_none_is_named(said):
+    remedy = "is for device=cuda; say how many rows a CPU" if said == "auto" else "must be a number of rows > 0, or auto"
+    with pytest.raises(config.BadInput, match=rf"(?i)^sites.california.device_batch={said} {remedy}"):
+        config.load([str(REPO / "configs" / "demo.yaml"), f"sites.california.device_batch={said}"])
+
+
+@pytest.mark.slow
 def test_d20_on_eight_gpus_is_computed_in_little_memory(runner):
     eight = ["sites.california.ranks=8", "sites.california.parallel=fsdp"]
     (out, taken), (alone, _) = (
