@@ -1028,6 +1028,7 @@ class Run:
             self._cancel(t, reason)
         self.phase, self.reason, self.code = "ended", reason, code
         for lost in self.pending:
+            self.ledger.give_back(lost["batches"])
             tokens = lost["count"] * self.facts.tokens_per_step
             self._record(t, "cancel", round=lost["round"], reason="ended before it was stored", tokens=tokens)
         self.now, self.pending = None, []
