@@ -405,10 +405,15 @@ def play(data: bytes, sites: int, off_delay_s: float) -> World:
     return world
 
 
+ENDED_WHILE_STORING = bytes.fromhex(
+    "00000f4500c20000df9a0071001a00008fe900000000002f0000008300000000004d000058260000000000008c0e0000"
+    "0000000b0002000e0000000000860000be710000000b0095"
+)
+
+
 @examples(10_000)
 @given(st.binary(min_size=40, max_size=240), st.integers(2, 3), st.sampled_from([0.0, 2.0]))
-@example(data=bytes.fromhex("00000f4500c20000df9a0071001a00008fe900000000002f0000008300000000004d000058260000000000008c0e00000000000b00"
-                            "02000e0000000000860000be710000000b0095"), sites=3, off_delay_s=0.0)  # ended while storing a local round  # fmt: skip
+@example(data=ENDED_WHILE_STORING, sites=3, off_delay_s=0.0)
 def test_whatever_fails_and_whenever_all_hold_one_model_and_the_whole_budget_is_committed_once(data, sites, off_delay_s):
     all_is_well(play(data, sites, off_delay_s))
 
