@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-clients bench-policies bench-deadline bench-sync bench-links bench-flower bench-train day-gpu storm rehearsal bench-recovery shapes hunt ablation referee clean
+.PHONY: demo test test-all paper lint bench-demo bench-simulate bench-clients bench-policies bench-deadline bench-sync bench-links bench-flower bench-train day-gpu bench-gpu storm rehearsal bench-recovery shapes hunt ablation referee clean
 
 FULL := ours paper paper_two_site paper_centralized
 MINI := mini_ours mini_paper mini_two_site mini_centralized
@@ -84,6 +84,9 @@ day-gpu: $(READY)  ## the three-site day at d8 on one GPU, which the sites share
 	$(BIN)/python launch.py configs/d8_day.yaml run=d8_centralized only=[california] policy.name=always clock.max_hours=null fresh=true
 	$(BIN)/python launch.py configs/d8_day.yaml run=d8_two_site only=[california,texas] policy.name=always fresh=true
 	$(BIN)/python figures.py runs/d8_day runs/d8_centralized runs/d8_two_site --out figures/d8
+
+bench-gpu: $(READY)  ## everything that needs a GPU, on one: at most nine minutes; parts that do not take each other along when they fail
+	$(BIN)/python bench/gpu.py runs/gpu
 
 storm: $(READY)  ## 50 real faults on a real run, then the bill, for three seeds: about 8 minutes each
 	for seed in 1 2 3; do $(BIN)/python bench/storm.py --seed $$seed --faults 50 || exit 1; done

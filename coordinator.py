@@ -792,9 +792,14 @@ class Coordinator:
         self.vault.close()
 
 
+def open_files(num_sites: int) -> int:
+    """Two connections a site, and what a process has open anyway."""
+    return 2 * num_sites + 200
+
+
 def allow_connections(num_sites: int) -> None:
-    """Two connections a site, and what a process has open anyway. Raises BadInput if this system will not have it."""
-    need, (now, most) = 2 * num_sites + 200, resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Raises BadInput if this system will not have so many."""
+    need, (now, most) = open_files(num_sites), resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < need:
         raise BadInput(f"{num_sites} sites need {need} open files, this system allows {most}; raise it (ulimit -Hn) or take fewer sites")
     if now != resource.RLIM_INFINITY and now < need:

@@ -62,16 +62,23 @@ def of(argv: list[str], gpu_gb: float | None = None) -> dict:
     return json.loads(done.stdout)
 
 
-def largest_batch(cfg, gpu_bytes: int) -> int:
-    """The largest device_batch with which a step of cfg.site fits a GPU of so many bytes, CUDA's own share included; it divides the
-    rows of a rank. Raises BadInput."""
-    from config import BadInput, plain
+def of_config(cfg, gpu_gb: float) -> dict:
+    """The same of a config that is read."""
+    from config import plain
 
-    gpu_gb = gpu_bytes / 1e9
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(json.dumps(plain(cfg)))  # JSON is YAML
-        rows = of([str(path)], gpu_gb)["fits"][repr(gpu_gb)]
+        return of([str(path)], gpu_gb)
+
+
+def largest_batch(cfg, gpu_bytes: int) -> int:
+    """The largest device_batch with which a step of cfg.site fits a GPU of so many bytes, CUDA's own share included; it divides the
+    rows of a rank. Raises BadInput."""
+    from config import BadInput
+
+    gpu_gb = gpu_bytes / 1e9
+    rows = of_config(cfg, gpu_gb)["fits"][repr(gpu_gb)]
     if rows is None:
         raise BadInput(f"sites.{cfg.site}.device_batch=auto: not one row fits a GPU of {gpu_gb:.1f} GB; take more ranks with "
                        "parallel=fsdp, or checkpointing=true")  # fmt: skip

@@ -3,6 +3,7 @@
     python launch.py configs/demo.yaml [key=value ...]
     python launch.py configs/demo.yaml run=two only=[california,texas] sites.texas.ranks=2
     python launch.py configs/mini_paper.yaml fresh=true
+    python launch.py doctor configs/demo.yaml          what this machine has, and what will hurt
     python launch.py watch runs/demo [--svg FILE [--at HOURS]]
 
 Shows what happens live (a table of sites on a terminal, plain lines elsewhere), starts again what was killed, leaves no
@@ -71,6 +72,10 @@ def wait_all(children: dict[str, subprocess.Popen], seconds: float) -> bool:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["watch"]:
         return watch_command(argv[1:])
+    if argv[:1] == ["doctor"]:
+        import doctor  # loads torch, which nothing else here needs
+
+        return doctor.main(argv[1:])
     cfg = config.load(argv)  # bad input is said here, before anything starts
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)

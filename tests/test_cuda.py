@@ -168,3 +168,29 @@ def test_d20_on_eight_gpus_is_computed_in_little_memory(runner):
 def test_what_it_has_to_say_is_one_line():
     with pytest.raises(config.BadInput, match=r"^config 'nowhere.yaml' does not exist"):
         footprint.of(["nowhere.yaml"])
+
+
+# -- the bench that waits for a GPU -----------------------------------------------------------------------------------------
+
+
+def bench(runner, *argv: str) -> tuple[int, dict]:
+    command = [sys.executable, str(REPO / "bench" / "gpu.py"), str(runner.folder / "out"), *argv]
+    code = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300).returncode
+    assert (runner.folder / "out" / "gpu.md").read_text().startswith("# On ")
+    return code, json.loads((runner.folder / "out" / "gpu.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_bench_for_gpus_works_before_there_is_one(runner):
+    code, parts = bench(runner, "--reduced", "--only", "device,numbers,d12,power")
+    assert code == 0 and list(parts) == ["device", "numbers", "d12", "power"] and not any("error" in part for part in parts.values())
+    assert parts["numbers"]["float32_gradient"] < 1e-4 and 0 < parts["numbers"]["bfloat16_gradient"] < 3e-2
+    assert parts["d12"]["tokens_per_s"] > 0 and parts["d12"]["computed_gb"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+def test_a_part_that_fails_does_not_take_the_others(runner):
+    code, parts = bench(runner, "--only", "device,numbers")
+    assert code == 1 and list(parts) == ["device", "numbers"]
+    assert all(part["error"].startswith("exit code ") and part["seconds"] > 0 for part in parts.values())

@@ -24,7 +24,7 @@ def helped(script: str, flag: str) -> str:
 
 def test_all_entry_points_are_known():
     assert {"train.py", "coordinator.py", "launch.py", "simulate.py", "carbon.py", "figures.py", "data.py", "export.py", "generate.py",
-            "config.py", "provision.py"} <= set(SCRIPTS)  # fmt: skip
+            "config.py", "provision.py", "footprint.py", "doctor.py"} <= set(SCRIPTS)  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
