@@ -2,7 +2,8 @@
 
     python doctor.py                                     the machine alone
     python launch.py doctor configs/demo.yaml            all sites here, as launch.py starts them
-    python launch.py doctor configs/d20.yaml site=texas  one site of a run; without site= on a head node: only=[]
+    python launch.py doctor configs/d20.yaml site=texas  one site of a run whose others are elsewhere
+    python launch.py doctor configs/d20.yaml --head      the head node of such a run
 
 Every finding is one line with its remedy. "stops": it cannot run here as it is, and the exit code is 1; "hurts": it can, slower or on
 thinner ice. `look` gathers the facts and `findings` judges them: it reads nothing but those and the config.
@@ -22,7 +23,6 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from omegaconf import OmegaConf
 
 import config
 import data
@@ -104,11 +104,11 @@ def clock_in_step() -> bool | None:
     return {"yes": True, "no": False}.get(said)
 
 
-def findings(cfg, here: Machine) -> list[Finding]:
-    """What stops or hurts the sites of this config on this machine: one of them (site=), or all that it starts (only=)."""
-    names = [cfg.site] if cfg.site else list(cfg.only or cfg.sites)
+def findings(cfg, here: Machine, head: bool = False) -> list[Finding]:
+    """What stops or hurts on this machine: one site of this config (site=), its head node (head), or that and all sites (only=)."""
+    names = [] if head else [cfg.site] if cfg.site else list(cfg.only or cfg.sites)
     sites = {name: cfg.sites[name] for name in names}
-    alone = cfg.site is not None  # others, and the head node, are elsewhere
+    alone = cfg.site is not None and not head  # others, and the head node, are elsewhere
     parts = (_versions(here), _devices(cfg, sites, here), _corpus(cfg, here), _room(cfg, sites, alone, here),
              _gpu_memory(cfg, sites, here), [] if alone else _head(cfg, here), _clock(cfg, alone, here))  # fmt: skip
     return sorted((f for part in parts for f in part), key=lambda f: not f.stops)
@@ -131,7 +131,7 @@ def _devices(cfg, sites: dict, here: Machine) -> list[Finding]:
         elif s.device != "cpu" and ranks > len(here.gpus):
             out.append(Finding(True, f"sites.{name}.ranks={ranks}, and torch sees {several(len(here.gpus), 'GPU')}",
                                f"sites.{name}.ranks={len(here.gpus)}, or further nodes (torchrun --nnodes)"))  # fmt: skip
-    if cfg.model.compile and not here.compiler:
+    if cfg.model.compile and sites and not here.compiler:
         out.append(Finding(True, "model.compile=true, and there is no C++ compiler", "install g++, or model.compile=false"))
     if on_cpu and cfg.model.dtype == "bfloat16" and not here.bfloat16:
         out.append(Finding(False, "model.dtype=bfloat16, which this processor multiplies five times as slowly as float32",
@@ -150,7 +150,7 @@ def _corpus(cfg, here: Machine) -> list[Finding]:
         return []  # there, or made in seconds
     need = cfg.budget.tokens * (TEXT_BYTES + TOKEN_BYTES)
     out = [Finding(True, f"data.source={cfg.data.source} is not prepared in data.dir={cfg.data.dir}", "python data.py prepare CONFIG")]
-    if need > here.free_disk:
+    if need > here.free_disk and not Path(cfg.data.dir).is_absolute():
         out.append(Finding(True, f"its text and tokens take about {need / 1e9:,.0f} GB, {here.free_disk / 1e9:,.0f} GB are free",
                            "another disk (data.dir=PATH), or fewer data.shards"))  # fmt: skip
     return out
@@ -181,7 +181,7 @@ def _gpu_memory(cfg, sites: dict, here: Machine) -> list[Finding]:
         if s.device == "cpu" or not here.gpus:
             continue
         gpu_gb = min(count for _, count in here.gpus) / 1e9
-        one = footprint.of_config(OmegaConf.merge(cfg, {"site": name}), gpu_gb)
+        one = footprint.of_config(cfg, name, config.num_ranks(s), gpu_gb)
         fits, need_gb = one["fits"][repr(gpu_gb)], (one["peak_bytes"] + footprint.RESERVE) / 1e9
         key = f"sites.{name}.device_batch"
         if fits is None:
@@ -245,18 +245,22 @@ def describe(here: Machine) -> str:
 
 
 def main(argv: list[str]) -> int:
-    here = look()
+    parser = config.Parser()
+    parser.add_argument("config", nargs="*", help="CONFIG [key=value ...]")
+    parser.add_argument("--head", action="store_true", help="of the head node alone: its sites are elsewhere")
+    args = parser.parse_intermixed_args(argv)
+    cfg, here = config.load(args.config) if args.config else None, look()
     print(describe(here))
-    if not argv:
+    if cfg is None:
         return config.EXIT_DONE
-    found = findings(config.load(argv), here)
+    found = findings(cfg, here, args.head)
     for finding in found:
         print(f"{'stops' if finding.stops else 'hurts':12} {finding.what} -> {finding.remedy}")
     if not found:
-        print(f"{'ready':12} nothing of {argv[0]} will hurt here")
+        print(f"{'ready':12} nothing of {args.config[0]} will hurt here")
     sys.stdout.flush()
     return config.EXIT_FAILED if any(finding.stops for finding in found) else config.EXIT_DONE
 
 
 if __name__ == "__main__":
-    config.command(main)
+    config.command(main, parses=True)

@@ -62,25 +62,25 @@ def of(argv: list[str], gpu_gb: float | None = None) -> dict:
     return json.loads(done.stdout)
 
 
-def of_config(cfg, gpu_gb: float) -> dict:
-    """The same of a config that is read."""
+def of_config(cfg, name: str, ranks: int, gpu_gb: float) -> dict:
+    """The same of a site of a config that is read, on so many ranks: torchrun may have started them without the config's knowing."""
     from config import plain
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(json.dumps(plain(cfg)))  # JSON is YAML
-        return of([str(path)], gpu_gb)
+        return of([str(path), f"site={name}", f"sites.{name}.ranks={ranks}"], gpu_gb)
 
 
-def largest_batch(cfg, gpu_bytes: int) -> int:
-    """The largest device_batch with which a step of cfg.site fits a GPU of so many bytes, CUDA's own share included; it divides the
-    rows of a rank. Raises BadInput."""
+def largest_batch(cfg, name: str, ranks: int, gpu_bytes: int) -> int:
+    """The largest device_batch with which a step of a site of so many ranks fits GPUs of so many bytes, CUDA's own share included; it
+    divides the rows of a rank. Raises BadInput."""
     from config import BadInput
 
     gpu_gb = gpu_bytes / 1e9
-    rows = of_config(cfg, gpu_gb)["fits"][repr(gpu_gb)]
+    rows = of_config(cfg, name, ranks, gpu_gb)["fits"][repr(gpu_gb)]
     if rows is None:
-        raise BadInput(f"sites.{cfg.site}.device_batch=auto: not one row fits a GPU of {gpu_gb:.1f} GB; take more ranks with "
+        raise BadInput(f"sites.{name}.device_batch=auto: not one row fits a GPU of {gpu_gb:.1f} GB; take more ranks with "
                        "parallel=fsdp, or checkpointing=true")  # fmt: skip
     return rows
 
@@ -88,12 +88,15 @@ def largest_batch(cfg, gpu_bytes: int) -> int:
 def compute(cfg, gpus_gb: tuple[float, ...] = GPUS_GB) -> dict:
     """Bytes by kind at the peak of a step with the site's device_batch (for auto: what fits the largest GPU, or 1), and the largest
     device_batch that fits GPUs of so many GB."""
-    from config import num_ranks
+    from config import BadInput, num_ranks
     from data import vocabulary
     from model import CPU_CHUNK, GPU_CHUNK, shape_of
 
     name = cfg.site or next(iter(cfg.sites))
-    spec, shape = cfg.sites[name], shape_of(cfg.model, vocabulary(cfg))
+    try:
+        spec, shape = cfg.sites[name], shape_of(cfg.model, vocabulary(cfg))
+    except ValueError as error:
+        raise BadInput(str(error)) from None
     ranks, on_gpu = num_ranks(spec), spec.device != "cpu"
     rows = cfg.data.tokens_per_step // shape.seq_len // ranks
     peaks = {}

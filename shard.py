@@ -90,7 +90,8 @@ class Shard:
             return self.spec.device_batch
         if self.ranks.rank:
             return self.ranks.hear()
-        rows = footprint.largest_batch(self.cfg, torch.cuda.get_device_properties(self.device).total_memory)
+        gpu_bytes = torch.cuda.get_device_properties(self.device).total_memory
+        rows = footprint.largest_batch(self.cfg, self.cfg.site, self.ranks.size, gpu_bytes)
         print(f"{self.cfg.site:15} | device_batch {rows}: the most that this GPU has memory for", flush=True)
         self.ranks.tell(rows)
         return rows

@@ -103,7 +103,8 @@ def measure(cfg, spec, shape: Shape, steps: int, ranks) -> dict:
     corpus, tokens = Corpus(cfg) if read_meta(tokens_dir(cfg)) else None, cfg.data.tokens_per_step
     device_batch = spec.device_batch
     if device_batch == "auto":
-        device_batch = footprint.largest_batch(cfg, torch.cuda.get_device_properties(ranks.device).total_memory)
+        gpu_bytes = torch.cuda.get_device_properties(ranks.device).total_memory
+        device_batch = footprint.largest_batch(cfg, cfg.site or next(iter(cfg.sites)), ranks.size, gpu_bytes)
     rows, before_bytes = tokens // shape.seq_len // ranks.size, grown_to_bytes()
     model = GPT(shape).init_weights(cfg.seed)
     held = Held(model, ranks, spec.parallel, cfg.model.dtype, cfg.model.compile, spec.checkpointing)

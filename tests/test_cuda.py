@@ -139,9 +139,10 @@ def test_device_batch_auto_is_what_fits(runner):
                         rounds={"train_s": 10**6}, data={"tokens_per_step": 2**15})  # fmt: skip
     cfg, asked = config.load([*argv, "site=a"]), footprint.of([*argv, "sites.a.device_batch=2"])
     enough = asked["peak_bytes"] + footprint.RESERVE
-    assert footprint.largest_batch(cfg, int(enough) + 1) == 2 and footprint.largest_batch(cfg, int(enough) - 1) == 1
+    assert footprint.largest_batch(cfg, "a", 1, int(enough) + 1) == 2 and footprint.largest_batch(cfg, "a", 1, int(enough) - 1) == 1
+    assert footprint.largest_batch(cfg, "a", 8, 80 * 10**9) == 2, "of all 16 rows a rank of 8 has 2, whatever the config says of ranks"
     with pytest.raises(config.BadInput, match=r"sites.a.device_batch=auto: not one row fits a GPU of 4.0 GB; take more ranks"):
-        footprint.largest_batch(cfg, 4 * 10**9)
+        footprint.largest_batch(cfg, "a", 1, 4 * 10**9)
 
 
 @pytest.mark.parametrize("said", ["0", "some", "1.5", "true", "auto"])
@@ -168,6 +169,8 @@ def test_d20_on_eight_gpus_is_computed_in_little_memory(runner):
 def test_what_it_has_to_say_is_one_line():
     with pytest.raises(config.BadInput, match=r"^config 'nowhere.yaml' does not exist"):
         footprint.of(["nowhere.yaml"])
+    with pytest.raises(config.BadInput, match=r"^model.width=130 must be an even multiple of model.heads=4"):
+        footprint.of([str(REPO / "configs" / "demo.yaml"), "model.width=130"])
 
 
 # -- the bench that waits for a GPU -----------------------------------------------------------------------------------------

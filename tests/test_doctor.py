@@ -62,6 +62,15 @@ def test_each_thing_that_will_hurt_is_one_line_with_its_remedy(changes, has, fin
     assert [stop for line, stop in found.items() if finding in line] == [stops], found
 
 
+def test_a_head_node_needs_nothing_that_its_sites_need():
+    here = dataclasses.replace(ROOMY, compiler=False, cores=1, free_memory=8 * GB, memory=8 * GB)
+    cfg = config.load([config_of("d20"), "sync.topology=star"])
+    assert not [f.what for f in doctor.findings(cfg, here, head=True) if "prepared" not in f.what and "GB" not in f.what]
+    assert any("torch sees no GPU" in f.what for f in doctor.findings(cfg, here))
+    small = dataclasses.replace(here, memory=2 * GB, free_memory=2 * GB)
+    assert [f.what for f in doctor.findings(cfg, small, head=True) if "of memory" in f.what]
+
+
 def test_a_port_that_somebody_holds_is_named(runner):
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
